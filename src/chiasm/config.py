@@ -1,0 +1,173 @@
+"""Strict nested configurations: frozen, typed, an unknown key is an error that names the nearest known ones.
+
+A part's configuration is a ``PartConfig`` nested in the part's class as ``Config``; its ``type`` is the part's registered
+name. ``part("connector")`` makes a field that takes any connector's configuration, as a dict or as an object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+
+from chiasm import registry
+from chiasm.errors import ConfigError, nearest
+
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every configuration. Frozen; ``parse`` gives readable errors, ``edit`` returns a changed copy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+
+    @classmethod
+    def parse(cls: type[C], values: Mapping[str, Any] | C, where: str = "") -> C:
+        """Validate ``values``. Raises ConfigError that names the key, the place and the nearest known keys."""
+        if isinstance(values, cls):
+            return values
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(_explain(cls, error, where)) from None
+
+    def edit(self: C, **changes: Any) -> C:
+        """A copy with dotted changes: ``cfg.edit(**{"model.lm.layers": 2})`` or ``cfg.edit(max_length=128)``."""
+        return type(self).parse(override(self.dump(), changes))
+
+    def dump(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, as written to JSON and YAML."""
+        return self.model_dump(mode="json")
+
+    def hash(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the sorted JSON form."""
+        return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+class PartConfig(Config):
+    """A configuration that says which registered part it belongs to."""
+
+    type: str
+
+
+def part(kind: str) -> Any:
+    """Field type: the configuration of any part of this ``kind``, found by its ``type``."""
+
+    def parse(values: Any) -> Any:
+        if isinstance(values, PartConfig):
+            return values
+        if isinstance(values, str):
+            values = {"type": values}
+        if not isinstance(values, Mapping) or "type" not in values:
+            raise ConfigError(f"a {kind} needs a 'type'; {nearest('', registry.names(kind))}")
+        entry = registry.get(kind, values["type"])
+        return entry.Config.parse(values, where=f"{kind} {values['type']!r}")
+
+    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(parse)]
+
+
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with dotted keys replaced; nested dicts are made where they are missing."""
+    result = json.loads(json.dumps(values))
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        node = result
+        for step in path:
+            if not isinstance(node.setdefault(step, {}), dict):
+                raise ConfigError(f"override {dotted!r}: {step!r} holds {node[step]!r}, not a table")
+            node = node[step]
+        node[last] = value.dump() if isinstance(value, Config) else value
+    return result
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """``["train.lr=1e-3", "model.lm.layers=2"]`` as a dict; the right sides are YAML."""
+    changes = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {word!r} is not of the form key=value")
+        changes[key] = read_scalar(value)
+    return changes
+
+
+def read_scalar(text: str) -> Any:
+    """A YAML value, with ``1e-3`` read as a number (YAML 1.1 wants ``1.0e-3``)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a dict, numbers like ``1e-3`` included. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, a table of keys was expected")
+    return _numbers(values)
+
+
+def diff(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys at which two configurations differ, with both values (None where a side lacks the key)."""
+    left, right = dict(flatten(a)), dict(flatten(b))
+    return {k: (left.get(k), right.get(k)) for k in sorted(left.keys() | right.keys()) if left.get(k) != right.get(k)}
+
+
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and leaf values."""
+    values = values.dump() if isinstance(values, Config) else values
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(p) for p in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            owner = _owner(cls, problem["loc"][:-1])
+            known = owner.model_fields if owner else cls.model_fields
+            lines.append(f"unknown key {path!r}; {nearest(str(problem['loc'][-1]), known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"missing key {path!r}")
+        else:
+            lines.append(f"{path}: {problem['msg']}, got {problem['input']!r}")
+    return f"{where or cls.__qualname__}: " + "; ".join(lines)
+
+
+def _owner(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The configuration class that a nested key belongs to, where it can be told from the annotations."""
+    for step in path:
+        field = cls.model_fields.get(str(step))
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return None
+        cls = kind
+    return cls

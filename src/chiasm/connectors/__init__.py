@@ -1,0 +1,1 @@
+"""Connectors: from the encoders' widths to the language model's."""

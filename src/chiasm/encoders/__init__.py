@@ -1,0 +1,1 @@
+"""Encoders: units of a medium in, feature vectors out."""

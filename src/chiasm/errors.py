@@ -1,0 +1,39 @@
+"""The package's errors. Each message names the sample or key, both numbers, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ChiasmError(Exception):
+    """Anything this package refuses to do, said in one line that a user can act on."""
+
+
+class ConfigError(ChiasmError):
+    """A configuration that is not what its part understands."""
+
+
+class RegistryError(ChiasmError):
+    """An unknown or doubly registered name."""
+
+
+class DataError(ChiasmError):
+    """A sample that cannot be used as it is."""
+
+
+class CheckpointError(ChiasmError):
+    """A checkpoint whose tensors are not exactly those of the model, or that may not be opened."""
+
+
+class FingerprintError(CheckpointError):
+    """The prompt or the pixels of a checkpoint are no longer those it was saved with."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean ...`` with the nearest known names, or the list of them."""
+    names = sorted(known)
+    close = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "known: " + (", ".join(names) if names else "none")

@@ -1,0 +1,50 @@
+"""The contract of models that join media to language and write text."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from chiasm.config import PartConfig
+from chiasm.types import Batch, Layout, Output
+
+Asked = Literal["all", "labels", "last"]
+
+
+class FusionConfig(PartConfig):
+    """A whole model: its parts, and how they are joined. ``count`` is picklable arithmetic over configurations."""
+
+    def count(self, kind: str, layout: Layout) -> int:
+        """Tokens that one medium takes in the sequence."""
+        raise NotImplementedError
+
+
+class Fusion(nn.Module):
+    """Takes a ``Batch``, returns an ``Output``. One file of this folder for each way of joining."""
+
+    Config: type[FusionConfig] = FusionConfig
+    config: FusionConfig
+
+    def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:
+        """Batch ``[B, T]`` → ``Output`` with hidden ``[B, T, D]`` and logits where asked (``Output`` says the shapes)."""
+        raise NotImplementedError
+
+    def step(self, ids: Tensor, positions: Tensor, segments: Tensor, cache: Any) -> Tensor:
+        """One decoding step: ``ids [B, 1]``, ``positions [B, 1]``, ``segments [B, 1]`` → logits ``[B, V]``."""
+        raise NotImplementedError
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """Room for ``capacity`` positions of ``batch`` rows, on the model's device and in its type."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's parameters."""
+        return next(self.parameters()).dtype

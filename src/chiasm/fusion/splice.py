@@ -1,0 +1,180 @@
+"""Media spliced into the sequence of a language model: the visual prefix, and its interleaved form.
+
+Paper: Visual Instruction Tuning (LLaVA, arXiv:2304.08485); Improved Baselines (LLaVA-1.5, arXiv:2310.03744);
+LLaVA-NeXT (2024); LLaVA-OneVision (arXiv:2408.03326). Reference: haotian-liu/LLaVA ``llava_arch.py``, c121f04.
+
+Differences by design: slots are counted and laid out before the model runs, so nothing is searched, cut or padded here; a
+sample without media needs no dummy picture; padding reaches no position that counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from chiasm import registry
+from chiasm.config import Config, part
+from chiasm.connectors.base import Connector
+from chiasm.encoders.base import Encoder
+from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.fusion.base import Asked, Fusion, FusionConfig
+from chiasm.fusion.pool import Pool
+from chiasm.lm.base import LM
+from chiasm.types import Batch, Count, Layout, MediaBatch, Output, Tokens
+
+
+class Stream(Config):
+    """The way of one kind of media: its encoders, its connector, and how units become one run of tokens."""
+
+    encoders: tuple[str, ...] = ("image",)
+    connector: str = "image"
+    merge: part("merge") = {"type": "flat"}  # type: ignore[valid-type]
+    pool: Pool | None = None
+    pool_at: Literal["before", "after"] = "after"  # of the connector
+
+
+@registry.register("fusion", "splice")
+class Splice(Fusion):
+    """Encoder → connector → merge → the slots of the language model's input."""
+
+    class Config(FusionConfig):
+        """Parts by name; ``media`` says for each kind of media which parts serve it."""
+
+        type: str = "splice"
+        encoders: dict[str, part("encoder")]  # type: ignore[valid-type]
+        connectors: dict[str, part("connector")]  # type: ignore[valid-type]
+        lm: part("lm")  # type: ignore[valid-type]
+        media: dict[str, Stream] = {"image": Stream()}
+
+        def stream(self, kind: str) -> Stream:
+            """The stream of a kind of media. Raises ConfigError where the model has none."""
+            if kind not in self.media:
+                raise ConfigError(f"this model takes no {kind}; {nearest(kind, self.media)}")
+            return self.media[kind]
+
+        def unit_count(self, kind: str, shape: tuple[int, ...]) -> Count:
+            """Tokens of one unit after encoder, pool and connector."""
+            stream = self.stream(kind)
+            counts = {name: self.encoders[name].count(shape) for name in stream.encoders}
+            if stream.pool and stream.pool_at == "before":
+                counts = {name: stream.pool.count(count) for name, count in counts.items()}
+            count = self.connectors[stream.connector].count(_one_or_all(counts))
+            return stream.pool.count(count) if stream.pool and stream.pool_at == "after" else count
+
+        def count(self, kind: str, layout: Layout) -> int:
+            """Tokens of one medium in the sequence."""
+            return self.stream(kind).merge.count(layout, self.unit_count(kind, layout.shape))
+
+        def needs_newline(self) -> bool:
+            """True where any stream's merge uses the newline vector."""
+            return any(stream.merge.needs_newline for stream in self.media.values())
+
+    def __init__(self, config: Config, encoders: Mapping[str, Encoder], connectors: Mapping[str, Connector], lm: LM):
+        super().__init__()
+        self.config = config
+        self.encoders = nn.ModuleDict(encoders)
+        self.connectors = nn.ModuleDict(connectors)
+        self.lm = lm
+        self.merges = {k: registry.get("merge", s.merge.type)(s.merge) for k, s in config.media.items()}
+        self.newline = nn.Parameter(torch.randn(lm.dim) / lm.dim**0.5) if config.needs_newline() else None
+
+    def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:
+        """``batch [B, T]`` → ``Output``: hidden ``[B, T, D]`` and logits at the positions asked for."""
+        named: dict[str, Any] = {}
+        x = self.splice(batch, named)  # [B, T, D]
+        if self.lm.encoder_decoder:
+            return self._decode(batch, x, logits, named)
+        hidden = self.lm(x, batch.positions, batch.segment_ids, cache=cache)  # [B, T, D]
+        output = Output(hidden, named=named)
+        if logits == "all":
+            output.logits = self.lm.head(hidden)  # [B, T, V]
+        elif logits == "last":
+            output.logits = self.lm.head(hidden[torch.arange(len(hidden), device=hidden.device), last(batch)])  # [B, V]
+        elif logits == "labels":
+            rows, columns = labelled(batch)
+            output.logits = self.lm.head(hidden[rows, columns])  # [n, V]
+            output.targets, output.target_rows = batch.input_ids[rows, columns + 1], rows
+        return output
+
+    def splice(self, batch: Batch, named: dict[str, Any]) -> Tensor:
+        """The language model's input ``[B, T, D]``: embedded text, with the media's vectors in their slots."""
+        x = self.lm.embed(batch.input_ids)  # [B, T, D]
+        flat = x.flatten(0, 1)  # [B*T, D]
+        for kind, media in batch.media.items():
+            vectors = self.encode(kind, media, batch.ids, named)  # [sum of counts, D]
+            flat = flat.index_copy(0, media.slots, vectors.to(flat.dtype))
+        padding = (batch.segment_ids == 0).unsqueeze(-1)
+        return flat.view_as(x).masked_fill(padding, 0)  # [B, T, D]
+
+    def encode(self, kind: str, media: MediaBatch, ids: list[str], named: dict[str, Any]) -> Tensor:
+        """All media of a kind → their vectors ``[sum of counts, D]``. Raises DataError where a count is not kept."""
+        stream = self.config.stream(kind)
+        features = {name: self.encoders[name](media.inputs) for name in stream.encoders}  # each [U, N, D_in]
+        named[f"{kind}/features"] = _one_or_all(features)
+        if stream.pool and stream.pool_at == "before":
+            features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
+        tokens = self.connectors[stream.connector](_one_or_all(features))  # [U, N', D]
+        named[f"{kind}/projected"] = tokens
+        if stream.pool and stream.pool_at == "after":
+            tokens = stream.pool.apply(tokens)
+        runs, start = [], 0
+        unit = Count(tokens.x.shape[1], tokens.grid)
+        for layout, count, owner in zip(media.layouts, media.counts, media.owners, strict=True):
+            run = self.merges[kind](tokens.x[start : start + layout.units], unit, layout, self.newline)  # [M, D]
+            if len(run) != count:
+                raise DataError(
+                    f"sample {ids[owner]!r}: its {kind} was counted as {count} tokens but gave {len(run)}; the processor "
+                    "and the model belong to different configurations: load both from one folder"
+                )
+            runs.append(run)
+            start += layout.units
+        named[f"{kind}/merged"] = runs
+        return torch.cat(runs)  # [sum of counts, D]
+
+    def step(self, ids: Tensor, positions: Tensor, segments: Tensor, cache: Any) -> Tensor:
+        """``ids [B, 1]`` → logits ``[B, V]`` of the next token."""
+        hidden = self.lm(self.lm.embed(ids), positions, segments, cache=cache)  # [B, 1, D]
+        return self.lm.head(hidden[:, -1])  # [B, V]
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """Room for ``capacity`` positions of ``batch`` rows."""
+        return self.lm.new_cache(batch, capacity, self.device, self.dtype)
+
+    def _decode(self, batch: Batch, x: Tensor, logits: Asked | None, named: dict[str, Any]) -> Output:
+        """Encoder-decoder: the spliced sequence is the encoder's, ``target_ids [B, S]`` the decoder's."""
+        if batch.target_ids is None or batch.target_mask is None:
+            raise DataError("an encoder-decoder language model needs target_ids; make the batch with its own processor")
+        memory = self.lm.encode(x, batch.segment_ids)  # [B, T, D]
+        hidden = self.lm.decode(batch.target_ids, memory, batch.segment_ids)  # [B, S, D]
+        output = Output(hidden, named=named | {"memory": memory})
+        if logits == "all":
+            output.logits = self.lm.head(hidden)  # [B, S, V]
+        elif logits == "last":
+            output.logits = self.lm.head(hidden[:, -1])  # [B, V]
+        elif logits == "labels":
+            rows, columns = torch.nonzero(batch.target_mask[:, 1:], as_tuple=True)
+            output.logits = self.lm.head(hidden[rows, columns])  # [n, V]
+            output.targets, output.target_rows = batch.target_ids[rows, columns + 1], rows
+        return output
+
+
+def labelled(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Rows and columns ``[n]`` whose next token is a target of the same segment."""
+    same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+    return torch.nonzero(batch.loss_mask[:, 1:] & same, as_tuple=True)  # type: ignore[return-value]
+
+
+def last(batch: Batch) -> Tensor:
+    """The column ``[B]`` of each row's last position that is not padding."""
+    columns = torch.arange(batch.segment_ids.shape[1], device=batch.segment_ids.device)
+    return ((batch.segment_ids != 0) * columns).argmax(dim=1)
+
+
+def _one_or_all(values: Mapping[str, Any]) -> Any:
+    return next(iter(values.values())) if len(values) == 1 else dict(values)
+
+
+__all__ = ["Splice", "Stream", "Tokens", "labelled", "last"]

@@ -1,0 +1,52 @@
+"""The front-end contract: a media part of a message in, tensors and their layout out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from chiasm.config import PartConfig
+from chiasm.types import Layout, Media, MediaItem
+
+
+class FrontEndConfig(PartConfig):
+    """What a front end is built from. ``placeholder`` is the token (as in the tokenizer) whose id fills the media's slots."""
+
+    placeholder: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a medium stands: what a front end needs to know beyond the medium, and what its errors name."""
+
+    sample: str  # the sample's id
+    index: int  # which medium of its kind in the sample, from 0
+    of: int  # how many media of this kind the sample has
+
+    def __str__(self) -> str:
+        return f"sample {self.sample!r}, medium {self.index + 1} of {self.of}"
+
+
+class FrontEnd:
+    """Opens a medium and makes it tensors. Subclasses nest ``Config(FrontEndConfig)`` and take it as only argument.
+
+    Errors are ``DataError`` and start with ``str(place)``.
+    """
+
+    Config: type[FrontEndConfig] = FrontEndConfig
+    kind: str  # the modality it serves
+
+    def __init__(self, config: FrontEndConfig):
+        self.config = config
+
+    def __call__(self, medium: Media, place: Place) -> MediaItem:
+        """A media part → ``MediaItem`` with ``inputs [U, *shape]`` (float32, contiguous) and its layout; slots come later."""
+        raise NotImplementedError
+
+
+class Counter(Protocol):
+    """Gives the number of tokens a medium takes, before any model runs. Made by ``compose``; holds configurations only."""
+
+    def __call__(self, kind: str, layout: Layout) -> int:
+        """Tokens of one medium of this kind and layout."""
+        ...

@@ -1,0 +1,250 @@
+"""The contracts: what flows from a conversation to an answer, with shapes.
+
+Letters used in the whole package: ``B`` batch, ``T`` sequence length, ``N`` tokens of one medium, ``U`` units of one
+medium (tiles of an image, frames of a video), ``K`` queries, ``D`` width, ``H`` heads, ``V`` vocabulary.
+
+    messages ──processing──▶ Sample ──collate / pack──▶ Batch ──fusion model──▶ Output
+
+Nothing in this file imports torch at run time, so that the command line starts quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from chiasm.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROLES = ("system", "user", "assistant")
+
+
+# --------------------------------------------------------------------------------------------------- parts of a message
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text. A special token spelled in it stays text: media and control tokens are never found by scanning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Media:
+    """A part that is not text. ``data`` is whatever the front end of its ``kind`` can open.
+
+    A new modality subclasses this with its own ``kind`` and registers the class: ``register("modality", "graph")``.
+    """
+
+    data: Any
+    kind: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class Image(Media):
+    """A picture: a path, a PIL image, encoded bytes, an array ``[height, width, 3]`` of uint8, or a data URL."""
+
+    kind: ClassVar[str] = "image"
+
+
+@dataclass(frozen=True)
+class Video(Media):
+    """A clip: a path, or a sequence of pictures. ``fps`` is needed only where ``data`` is a sequence (frames/second)."""
+
+    fps: float | None = None
+    kind: ClassVar[str] = "video"
+
+
+@dataclass(frozen=True)
+class Audio(Media):
+    """A sound: a path or samples ``[n]`` with their ``rate`` (Hz)."""
+
+    rate: int | None = None
+    kind: ClassVar[str] = "audio"
+
+
+@dataclass(frozen=True)
+class Graph(Media):
+    """A graph, for instance a molecule given as SMILES."""
+
+    kind: ClassVar[str] = "graph"
+
+
+@dataclass(frozen=True)
+class Series(Media):
+    """A time series ``[n, channels]``."""
+
+    kind: ClassVar[str] = "series"
+
+
+@dataclass(frozen=True)
+class Box:
+    """A region ``(x0, y0, x1, y1)`` in pixels of the original picture number ``image`` of the conversation."""
+
+    xyxy: tuple[float, float, float, float]
+    image: int = 0
+
+
+Part = Text | Media | Box
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. ``train`` says whether an assistant turn is learned from (None: every assistant turn is)."""
+
+    role: str
+    parts: tuple[Part, ...]
+    train: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise DataError(f"unknown role {self.role!r}; {nearest(self.role, ROLES)}")
+
+    @property
+    def text(self) -> str:
+        """The text parts joined, without the media."""
+        return "".join(p.text for p in self.parts if isinstance(p, Text))
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """The media parts in order."""
+        return tuple(p for p in self.parts if isinstance(p, Media))
+
+
+# --------------------------------------------------------------------------------------------------- tensors of a sample
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a medium was cut into units: all that is needed to count its tokens and to put them together again.
+
+    ``shape`` is the shape of one unit (for a picture ``(3, height, width)``), ``grid`` the (rows, columns) of tiles that
+    follow the base tile ((0, 0): there are none), ``original`` the (height, width) in pixels before any change.
+    """
+
+    units: int
+    shape: tuple[int, ...]
+    grid: tuple[int, int] = (0, 0)
+    original: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class MediaItem:
+    """One medium of one sample, ready for its encoder."""
+
+    kind: str
+    inputs: Tensor  # [U, *layout.shape]
+    layout: Layout
+    slots: Tensor | None = None  # [N] positions in the sample's input_ids that its tokens take
+
+
+@dataclass
+class Sample:
+    """A rendered conversation."""
+
+    id: str
+    input_ids: Tensor  # [T] long; placeholders where media go
+    loss_mask: Tensor  # [T] bool: True where the token is a target. Made while rendering.
+    media: list[MediaItem] = field(default_factory=list)
+    target_ids: Tensor | None = None  # [S] long: the decoder's side, for encoder-decoder language models only
+    source: str = ""  # the data source it came from
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+@dataclass
+class MediaBatch:
+    """All media of one kind in a batch, units of all items one after the other."""
+
+    inputs: Tensor  # [sum of units, *shape]
+    layouts: list[Layout]  # one per item
+    slots: Tensor  # [sum of counts] flat positions in [B*T]
+    counts: list[int]  # tokens of each item
+    owners: list[int]  # index in Batch.ids of each item
+
+
+@dataclass
+class Batch:
+    """What a model sees. Padded ``[B, T]`` (either side), or packed ``[1, T]`` with several segments in the row."""
+
+    input_ids: Tensor  # [B, T] long
+    positions: Tensor  # [B, T] long, counted inside each segment
+    segment_ids: Tensor  # [B, T] long; 0 is padding, 1.. number the conversations in a row
+    loss_mask: Tensor  # [B, T] bool
+    media: dict[str, MediaBatch] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)  # the sample ids, so that every error can name the sample
+    target_ids: Tensor | None = None  # [B, S] encoder-decoder models only
+    target_mask: Tensor | None = None  # [B, S] bool, False at padding
+    sources: list[str] = field(default_factory=list)
+    labelled: bool = True  # False: no token is a target (generation)
+
+    def to(self, device: Any, dtype: Any = None) -> Batch:
+        """A copy on ``device``; floating media tensors also change to ``dtype``."""
+
+        def move(x: Any) -> Any:
+            if not hasattr(x, "to"):
+                return x
+            floating = getattr(x, "is_floating_point", lambda: False)()
+            return x.to(device, dtype=dtype, non_blocking=True) if floating and dtype else x.to(device, non_blocking=True)
+
+        media = {
+            kind: MediaBatch(move(m.inputs), m.layouts, move(m.slots), m.counts, m.owners)
+            for kind, m in self.media.items()
+        }
+        return Batch(
+            move(self.input_ids),
+            move(self.positions),
+            move(self.segment_ids),
+            move(self.loss_mask),
+            media,
+            self.ids,
+            move(self.target_ids),
+            move(self.target_mask),
+            self.sources,
+            self.labelled,
+        )
+
+
+# --------------------------------------------------------------------------------------------------- tensors of a model
+
+
+@dataclass
+class Tokens:
+    """Feature vectors: what encoders give and connectors map. One row per unit (tile, frame) or per medium."""
+
+    x: Tensor  # [B, N, D]
+    mask: Tensor | None = None  # [B, N] bool, True where the vector counts; None: all do
+    grid: tuple[int, int] | None = None  # (rows, columns) where the N vectors form a grid, row by row
+
+
+@dataclass
+class Output:
+    """What a fusion model returns. ``logits`` only at the positions that were asked for.
+
+    ``logits="all"`` gives ``[B, T, V]``, ``"last"`` ``[B, V]``, ``"labels"`` ``[n, V]`` together with ``targets [n]``
+    and ``target_rows [n]`` (which row of ``Batch.ids`` each belongs to).
+    """
+
+    hidden: Tensor  # [B, T, D]
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+    target_rows: Tensor | None = None
+    named: dict[str, Any] = field(default_factory=dict)  # "image/features", "image/projected", "image/merged", ...
+
+
+# --------------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True)
+class Count:
+    """Number of tokens a unit gives at some stage, and their grid where they have one."""
+
+    tokens: int
+    grid: tuple[int, int] | None = None
+
+
+Conversation = Sequence[Message | Mapping[str, Any]]
