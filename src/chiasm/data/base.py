@@ -1,0 +1,43 @@
+"""The contract of data sources: examples by index, each a conversation with what an evaluator needs to score it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from chiasm.config import PartConfig
+from chiasm.types import Message
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation. ``answers`` are the accepted answers to its last question, for evaluation."""
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str = ""
+    task: str = ""
+    answers: tuple[str, ...] = ()
+
+
+class SourceConfig(PartConfig):
+    """Where examples come from."""
+
+
+class Source:
+    """Examples by index; opening one never depends on the others, so that workers and resumes need only the index.
+
+    Subclasses nest ``Config(SourceConfig)``, take it as only argument and implement ``__len__`` and ``__getitem__``.
+    """
+
+    Config: type[SourceConfig] = SourceConfig
+    name: str = ""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        raise NotImplementedError
