@@ -72,17 +72,29 @@ def part(kind: str) -> Any:
 
 
 def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with dotted keys replaced; nested dicts are made where they are missing."""
-    result = json.loads(json.dumps(values))
+    """``values`` with dotted keys replaced. Missing tables are made; a number steps into a list (``stages.0.lr``)."""
+    result: dict[str, Any] = json.loads(json.dumps(values))
     for dotted, value in changes.items():
         *path, last = dotted.split(".")
-        node = result
+        node: Any = result
         for step in path:
-            if not isinstance(node.setdefault(step, {}), dict):
-                raise ConfigError(f"override {dotted!r}: {step!r} holds {node[step]!r}, not a table")
-            node = node[step]
-        node[last] = value.dump() if isinstance(value, Config) else value
+            if isinstance(node, dict) and node.get(step) is None:
+                node[step] = {}
+            node = node[_key(node, step, dotted)]
+        key = _key(node, last, dotted)
+        node[key] = value.dump() if isinstance(value, Config) else value
     return result
+
+
+def _key(node: Any, step: str, dotted: str) -> Any:
+    """``step`` as a key of a table or an index of a list. Raises ConfigError."""
+    if isinstance(node, dict):
+        return step
+    if isinstance(node, list):
+        if step.isdigit() and int(step) < len(node):
+            return int(step)
+        raise ConfigError(f"override {dotted!r}: {step!r} is not an index of a list of {len(node)}")
+    raise ConfigError(f"override {dotted!r}: {step!r} would go into {node!r}, which is not a table")
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""``chiasm eval``: score a model on held-out examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from chiasm.cli.options import MODEL, OVERRIDES, loading, open_model
+
+
+@click.command("eval")
+@MODEL
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@OVERRIDES
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder of results. Default: MODEL/eval.")
+@click.option("--limit", default=None, type=click.IntRange(1), help="Only the first so many examples of each source.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--no-shuffled", is_flag=True, help="Leave out the control with shuffled pictures.")
+@loading
+def command(
+    model: str,
+    recipe: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+    no_shuffled: bool,
+    device: str | None,
+    dtype: str | None,
+    ignore_fingerprint: bool,
+) -> None:
+    """Score MODEL on the held-out sources of the YAML file RECIPE and write a table, every answer, and a report."""
+    from chiasm.config import parse_overrides
+    from chiasm.eval import evaluate_recipe
+    from chiasm.train import load_recipe
+
+    vlm = open_model(model, device, dtype, ignore_fingerprint)
+    evaluate_recipe(
+        vlm,
+        load_recipe(recipe, parse_overrides(overrides)),
+        out=out or Path(model) / "eval",
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        shuffled=not no_shuffled,
+    )

@@ -1,0 +1,85 @@
+"""``chiasm generate``: answers without a conversation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chiasm.cli.options import MODEL, loading, open_model, parts, sampling, user_message
+
+
+@click.command("generate")
+@MODEL
+@click.argument("words", nargs=-1, metavar="[PICTURE]... PROMPT")
+@click.option(
+    "--input", "source", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL of {id, messages}."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="JSONL of {id, text}. Default: standard output.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--system", default=None, help="System prompt.")
+@sampling
+@loading
+def command(
+    model: str,
+    words: tuple[str, ...],
+    source: Path | None,
+    output: Path | None,
+    batch_size: int,
+    system: str | None,
+    device: str | None,
+    dtype: str | None,
+    ignore_fingerprint: bool,
+    **settings: Any,
+) -> None:
+    """Answer one PROMPT about the pictures (streamed), or every conversation of a JSONL file (in batches)."""
+    if (source is None) == (not words):
+        raise click.UsageError("give either a prompt or --input FILE.jsonl")
+    settings["stop"] = list(settings["stop"])
+    if source is None:
+        pictures, prompt = parts(words)
+        if prompt is None:
+            raise click.UsageError(f"{len(pictures)} pictures and no prompt; add the prompt in quotes")
+        vlm = open_model(model, device, dtype, ignore_fingerprint)
+        messages = [user_message(pictures, prompt)]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        streams = settings["num_beams"] == 1
+        answer = vlm.generate(messages, stream=streams, **settings)
+        for piece in answer if streams else [answer]:
+            click.echo(piece, nl=False)
+        click.echo()
+        return
+    vlm = open_model(model, device, dtype, ignore_fingerprint)
+    _file(vlm, source, output, batch_size, system, settings)
+
+
+def _file(vlm: Any, source: Path, output: Path | None, size: int, system: str | None, settings: dict[str, Any]) -> None:
+    from rich.progress import track
+
+    rows = [
+        _row(line, number, source) for number, line in enumerate(source.read_text().splitlines(), 1) if line.strip()
+    ]
+    head = [] if system is None else [{"role": "system", "content": system}]
+    with click.open_file(str(output) if output else "-", "w") as sink:
+        for start in track(range(0, len(rows), size), description="generate", disable=output is None):
+            group = rows[start : start + size]
+            texts = vlm.generate([head + row["messages"] for row in group], **settings)
+            for row, text in zip(group, texts, strict=True):
+                sink.write(json.dumps({"id": row["id"], "text": text}, ensure_ascii=False) + "\n")
+            sink.flush()
+
+
+def _row(line: str, number: int, source: Path) -> dict[str, Any]:
+    from chiasm.errors import DataError
+
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{source}, line {number}: not JSON ({error})") from None
+    if not isinstance(row, dict) or "messages" not in row:
+        raise DataError(f"{source}, line {number}: needs a 'messages' list, as chat messages with role and content")
+    row.setdefault("id", str(number))
+    return row

@@ -1,0 +1,43 @@
+"""``chiasm list``: presets and parts by name."""
+
+from __future__ import annotations
+
+import click
+
+KINDS = [
+    "presets",
+    "encoders",
+    "connectors",
+    "lms",
+    "fusions",
+    "merges",
+    "templates",
+    "sources",
+    "front_ends",
+    "objectives",
+    "tasks",
+    "metrics",
+]
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(KINDS), required=False)
+def command(kind: str | None) -> None:
+    """Names that configurations and commands understand. Without KIND: all of them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from chiasm import registry
+
+    console = Console()
+    if kind in (None, "presets"):
+        import chiasm
+
+        table = Table(title="Presets", title_justify="left", box=None, header_style="bold")
+        for column in ("name", "system", "paper"):
+            table.add_column(column, overflow="fold")
+        for record in chiasm.presets():
+            table.add_row(record.name, record.family, record.paper)
+        console.print(table)
+    for plural in KINDS[1:] if kind is None else [k for k in (kind,) if k != "presets"]:
+        console.print(f"[bold]{plural}[/]  " + "  ".join(registry.names(plural.removesuffix("s"))), soft_wrap=True)
