@@ -1,1 +1,5 @@
 """Language models."""
+
+from chiasm.lm import decoder
+
+__all__ = ["decoder"]

@@ -1,0 +1,76 @@
+"""Who attends to whom in a causal model: the earlier positions of the same segment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Attend:
+    """What scaled dot-product attention is given: a mask ``[B, 1, T, L]`` (True: attend), or plain causality, or nothing."""
+
+    mask: Tensor | None = None
+    causal: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, L, Dh]`` → ``[B, H, T, Dh]``."""
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped
+        )
+
+
+def causal(
+    segments: Tensor,
+    positions: Tensor,
+    key_segments: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    window: int | None = None,
+) -> Attend:
+    """Attention of the last ``T`` of ``L`` columns.
+
+    ``segments``, ``positions`` ``[B, T]`` are the queries', ``key_segments``, ``key_positions`` ``[B, L]`` those of all
+    columns so far (None: the queries' own). Order is by column; the sliding window counts positions, so padding between
+    a prompt and its answer does not shorten it. A padded query attends to itself only: no row is empty, so none is NaN.
+    """
+    if key_segments is None or key_positions is None:
+        key_segments, key_positions = segments, positions
+    fits = window is None or key_segments.shape[1] <= window
+    # Reading a value from an accelerator would stall it, so the short cut is only looked for on the CPU.
+    if fits and segments.device.type == "cpu":
+        if segments.shape[1] == key_segments.shape[1]:
+            if is_plain(segments):
+                return Attend(causal=True)
+        elif segments.shape[1] == 1 and bool((key_segments == segments).all()):
+            return Attend()
+    return Attend(mask=causal_mask(segments, positions, key_segments, key_positions, window))
+
+
+def causal_mask(
+    segments: Tensor, positions: Tensor, key_segments: Tensor, key_positions: Tensor, window: int | None = None
+) -> Tensor:
+    """The boolean mask ``[B, 1, T, L]`` of ``causal``."""
+    t, length = segments.shape[1], key_segments.shape[1]
+    columns = torch.arange(length, device=segments.device)
+    queries = columns[length - t :].unsqueeze(1)  # [T, 1]
+    mask = (segments.unsqueeze(2) == key_segments.unsqueeze(1)) & (segments != 0).unsqueeze(2)  # [B, T, L]
+    mask &= columns <= queries
+    if window is not None:
+        mask &= key_positions.unsqueeze(1) > positions.unsqueeze(2) - window
+    mask |= columns == queries
+    return mask.unsqueeze(1)  # [B, 1, T, L]
+
+
+def is_plain(segments: Tensor) -> bool:
+    """Whether each row of ``[B, T]`` is one segment, with padding only after it: then causality alone is enough.
+
+    What follows a row's segment is padding whose outputs nobody reads, so it needs no mask of its own.
+    """
+    first = segments[:, :1]
+    alone = (segments == first) | (segments == 0)
+    closed = segments[:, 1:] <= segments[:, :-1]
+    return bool((first != 0).all() & alone.all() & closed.all())
