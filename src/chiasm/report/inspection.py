@@ -1,0 +1,232 @@
+"""One conversation walked through a model: every stage, its name and shape, from text and pixels to the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from chiasm.types import MediaItem, Sample, Tokens
+
+if TYPE_CHECKING:
+    from chiasm.vlm import VLM
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A token as the model sees it. ``medium`` is the number of the medium whose slot it is, or None."""
+
+    position: int
+    id: int
+    text: str
+    trained: bool
+    medium: int | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A tile or frame as a picture, after resizing: what the encoder really gets."""
+
+    medium: int
+    index: int
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the flow. ``shape`` with its letters, ``what`` in a sentence, ``numbers`` for the curious."""
+
+    name: str
+    shape: str
+    what: str
+    numbers: str = ""
+    picture: Image.Image | None = None
+
+
+@dataclass
+class Walk:
+    """All that ``chiasm inspect`` shows."""
+
+    title: str
+    tokens: list[TokenRow]
+    media: list[str]  # one line for each medium: kind, original size, units, tokens
+    units: list[Unit]
+    stages: list[Stage]
+    candidates: list[tuple[str, float]]  # the likeliest next tokens with their probabilities
+    answer: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def walk(
+    vlm: VLM, messages: Sequence[Any], *, train: bool = False, max_new_tokens: int = 32, name: str = "sample"
+) -> Walk:
+    """Render ``messages``, run the model once and keep every stage.
+
+    ``train`` renders the conversation as training sees it (answers included, targets marked); otherwise the prompt for
+    the next answer, which is then generated. Raises what rendering raises.
+    """
+    sample = vlm.processor(messages, id=name, add_generation_prompt=not train, train=train)
+    batch = vlm.processor.collate([sample])
+    model = vlm.model
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            output = model(batch.to(model.device, model.dtype), logits="last")
+    finally:
+        model.train(was_training)
+    tokens = token_rows(vlm, sample)
+    return Walk(
+        title=name,
+        tokens=tokens,
+        media=[_medium_line(i, item) for i, item in enumerate(sample.media)],
+        units=[unit for i, item in enumerate(sample.media) for unit in _units(vlm, i, item)],
+        stages=_stages(vlm, sample, output),
+        candidates=_candidates(vlm, output.logits[0]),
+        answer="" if train else vlm.generate(list(messages), max_new_tokens=max_new_tokens),
+        counts={
+            "tokens": len(sample),
+            "text tokens": sum(row.medium is None for row in tokens),
+            "media tokens": sum(row.medium is not None for row in tokens),
+            "trained tokens": sum(row.trained for row in tokens),
+        },
+    )
+
+
+def token_rows(vlm: VLM, sample: Sample) -> list[TokenRow]:
+    """The tokens of a sample with their texts; a run of a medium's slots is told by ``medium``."""
+    owner: dict[int, int] = {}
+    for i, item in enumerate(sample.media):
+        assert item.slots is not None
+        owner.update(dict.fromkeys(item.slots.tolist(), i))
+    rows = []
+    for position, (token, trained) in enumerate(zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)):
+        text = "" if position in owner else vlm.processor.tokenizer.decode([token], skip_special=False)
+        rows.append(TokenRow(position, token, text, bool(trained), owner.get(position)))
+    return rows
+
+
+def _medium_line(index: int, item: MediaItem) -> str:
+    height, width = item.layout.original
+    assert item.slots is not None
+    tiles = f", base + {item.layout.grid[0]}×{item.layout.grid[1]} tiles" if item.layout.grid != (0, 0) else ""
+    size = f" {width}×{height} px" if width else ""
+    units = f"{item.layout.units} unit{'s' if item.layout.units > 1 else ''} of {'×'.join(map(str, item.layout.shape))}"
+    return f"{item.kind} {index + 1}:{size} → {units}{tiles} → {len(item.slots)} tokens"
+
+
+def _units(vlm: VLM, medium: int, item: MediaItem) -> list[Unit]:
+    """Each unit with three channels as a picture, the normalisation undone."""
+    if len(item.layout.shape) != 3 or item.layout.shape[0] != 3:
+        return []
+    config: Any = vlm.processor.config.media[item.kind]
+    config = getattr(config, "image", config)
+    mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
+    pixels = ((item.inputs.float() * std + mean) * 255).round().clamp(0, 255).byte()  # [U, 3, S, S]
+    return [Unit(medium, i, Image.fromarray(unit.permute(1, 2, 0).numpy())) for i, unit in enumerate(pixels)]
+
+
+def _stages(vlm: VLM, sample: Sample, output: Any) -> list[Stage]:
+    stages = [
+        Stage("input_ids", f"[T={len(sample)}]", "the rendered conversation as token ids; media hold their slots")
+    ]
+    for i, item in enumerate(sample.media):
+        stages.append(
+            Stage(
+                f"{item.kind} {i + 1} / inputs",
+                _shape("U,C,S,S" if item.inputs.dim() == 4 else "U", item.inputs),
+                "its units as tensors",
+                _stats(item.inputs),
+            )
+        )
+    for kind in dict.fromkeys(item.kind for item in sample.media):
+        stages += _medium_stages(kind, output.named)
+    hidden = output.hidden
+    stages.append(
+        Stage(
+            "language model / input",
+            f"[B=1, T={hidden.shape[1]}, D={hidden.shape[2]}]",
+            "embedded text with the media's vectors in their slots",
+        )
+    )
+    stages.append(
+        Stage("language model / hidden", _shape("B,T,D", hidden), "hidden states after the last layer", _stats(hidden))
+    )
+    stages.append(
+        Stage(
+            "logits",
+            _shape("B,V", output.logits),
+            "scores of the next token, at the last position only",
+            _stats(output.logits),
+        )
+    )
+    return stages
+
+
+def _medium_stages(kind: str, named: dict[str, Any]) -> list[Stage]:
+    stages = []
+    features = named.get(f"{kind}/features")
+    for source, tokens in features.items() if isinstance(features, dict) else [("", features)]:
+        if isinstance(tokens, Tokens):
+            label = f"{kind} / features" + (f" of {source}" if source else "")
+            stages.append(
+                Stage(
+                    label,
+                    _shape("U,N,D", tokens.x),
+                    "what the encoder sees; colours: three main directions",
+                    _stats(tokens.x),
+                    _colours(tokens),
+                )
+            )
+    projected = named.get(f"{kind}/projected")
+    if isinstance(projected, Tokens):
+        what = "after the connector, in the language model's width"
+        stages.append(
+            Stage(f"{kind} / projected", _shape("U,N,D", projected.x), what, _stats(projected.x), _colours(projected))
+        )
+    for i, run in enumerate(named.get(f"{kind}/merged", [])):
+        stages.append(
+            Stage(
+                f"{kind} / merged {i + 1}",
+                _shape("M,D", run),
+                "units put together, one vector for each slot",
+                _stats(run),
+            )
+        )
+    return stages
+
+
+def _candidates(vlm: VLM, logits: Tensor, top: int = 8) -> list[tuple[str, float]]:
+    values, ids = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    texts = [vlm.processor.tokenizer.decode([i], skip_special=False) for i in ids.tolist()]
+    return list(zip(texts, values.tolist(), strict=True))
+
+
+def _shape(letters: str, x: Tensor) -> str:
+    names = letters.split(",")
+    if len(names) != x.dim():
+        return str(list(x.shape))
+    return "[" + ", ".join(f"{n}={s}" for n, s in zip(names, x.shape, strict=True)) + "]"
+
+
+def _stats(x: Tensor) -> str:
+    x = x.float()
+    return f"mean {x.mean():.3g}, std {x.std():.3g}, range {x.min():.3g} … {x.max():.3g}"
+
+
+def _colours(tokens: Tokens, scale: int = 8) -> Image.Image | None:
+    """The first unit's grid, each vector coloured by its first three principal components."""
+    if tokens.grid is None or tokens.grid[0] * tokens.grid[1] != tokens.x.shape[1] or tokens.x.shape[1] < 4:
+        return None
+    x = tokens.x[0].float()
+    x = x - x.mean(0)
+    _, _, v = torch.linalg.svd(x, full_matrices=False)
+    low = x @ v[:3].T  # [N, 3]
+    low = (low - low.amin(0)) / (low.amax(0) - low.amin(0)).clamp_min(1e-9)
+    grid = (low.view(*tokens.grid, 3).numpy() * 255).astype(np.uint8)
+    return Image.fromarray(grid).resize((tokens.grid[1] * scale, tokens.grid[0] * scale), Image.Resampling.NEAREST)
