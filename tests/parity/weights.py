@@ -1,48 +1,31 @@
-"""Small weight maps from transformers' tiny random models to our parts: the tests' own, so that no importer checks itself."""
+"""Weights for parity tests: nothing constant, nothing zero, so that no wrong norm, bias or order can hide."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------------- decoder family
 
-LLAMA_NAMES = {
-    "embed_tokens": "embedding",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn": "attn",
-}
-
-
-def randomise(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
-    """Every parameter non-zero and random, norms around one, so that nothing is degenerate."""
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
+    """Overwrite every parameter and running statistic with ``scale · (normal ± 0.5)``; vectors of norms stay near one."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if (parameter.ndim == 1 and parameter.mean() == 1) else scale * noise)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        value = scale * (noise + 0.5 * noise.sign())
+        if tensor.ndim == 1 and name.endswith("weight"):
+            value = 1 + value
+        tensor.copy_(value)
     return model.eval()
 
 
-def llama_state(model: nn.Module, tied: bool) -> dict[str, Tensor]:
-    """The state dict of a Llama-like causal model of transformers under the decoder's names; fused matrices are split."""
-    state: dict[str, Tensor] = {}
-    config = model.config
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            if not tied:
-                state[name] = tensor
-            continue
-        path = [LLAMA_NAMES.get(step, step) for step in name.removeprefix("model.").split(".")]
-        if "qkv_proj" in path:
-            width = config.hidden_size // config.num_attention_heads
-            sizes = [n * width for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
-            for part, piece in zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True):
-                state[".".join(part if step == "qkv_proj" else step for step in path)] = piece
-        elif "gate_up_proj" in path:
-            for part, piece in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
-                state[".".join(part if step == "gate_up_proj" else step for step in path)] = piece
-        else:
-            state[".".join(path)] = tensor
-    return state
+def rename(state: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """``state`` with substrings of its keys replaced, in order."""
+    result = {}
+    for key, tensor in state.items():
+        for old, new in pairs:
+            key = key.replace(old, new)
+        result[key] = tensor
+    return result

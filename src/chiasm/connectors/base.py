@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import nn
 
 from chiasm.config import PartConfig
 from chiasm.errors import ConfigError
 from chiasm.types import Count, Tokens
+
+T = TypeVar("T", Count, Tokens)
 
 
 class ConnectorConfig(PartConfig):
@@ -38,3 +41,11 @@ def sole(in_dims: Mapping[str, int], owner: str) -> int:
     if len(in_dims) != 1:
         raise ConfigError(f"connector {owner!r} joins one encoder, got {len(in_dims)}: {', '.join(in_dims)}")
     return next(iter(in_dims.values()))
+
+
+def only(source: T | Mapping[str, T], owner: str) -> T:
+    """The only source, given by itself or by name. Raises ConfigError where there are several."""
+    if not isinstance(source, Mapping):
+        return source
+    sole({name: 0 for name in source}, owner)
+    return next(iter(source.values()))

@@ -1,0 +1,72 @@
+"""The two-layer perceptron of a transformer block, and the activations that published models use.
+
+Three functions go by the name GELU: the exact one (``gelu``), its tanh approximation (``gelu_tanh``, SigLIP) and
+``x · sigmoid(1.702 x)`` (``quick_gelu``, the CLIP of OpenAI). They differ by up to 2e-2, so a tower must say which is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.errors import ConfigError, nearest
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x [...]`` → ``x · sigmoid(1.702 x)`` of the same shape (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """``x [...]`` → the tanh approximation of GELU, same shape."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation called ``name``. Raises ConfigError that names the nearest known ones."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"unknown activation {name!r}; {nearest(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Activation(nn.Module):
+    """An activation as a module, for use inside ``nn.Sequential``."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+        self.function = activation(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [...]`` → same shape."""
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        """The name, for printing."""
+        return self.name
+
+
+class MLP(nn.Module):
+    """``fc2(activation(fc1(x)))``, both layers with bias."""
+
+    def __init__(self, dim: int, hidden: int, activation_name: str):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.activation = activation(activation_name)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, N, D]`` → ``[B, N, D]``."""
+        return self.fc2(self.activation(self.fc1(x)))
