@@ -47,5 +47,5 @@ def only(source: T | Mapping[str, T], owner: str) -> T:
     """The only source, given by itself or by name. Raises ConfigError where there are several."""
     if not isinstance(source, Mapping):
         return source
-    sole({name: 0 for name in source}, owner)
+    sole(dict.fromkeys(source, 0), owner)
     return next(iter(source.values()))

@@ -1,7 +1,8 @@
 """A perceptron on every token (LLaVA-1.5's ``mlp2x_gelu``, arXiv:2310.03744).
 
 Reference: haotian-liu/LLaVA ``multimodal_projector``, c121f04. Layers are numbered as in its ``nn.Sequential``: linear
-layers at 0, 2, 4. Initialised as ``nn.Linear`` is by default, as there. Difference by design: the inner width is an option.
+layers at 0, 2, 4. Initialised as ``nn.Linear`` is by default, as there.
+Difference by design: the inner width is a choice.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Papers: ViT (arXiv:2010.11929), CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343). Reference: ``ViTModel``,
 ``CLIPVisionModel`` and ``SiglipVisionModel`` of transformers 5.23, equal to 1e-5 in float32 on every hidden state.
 
-Differences by design: blocks after the layer that is read are built, so that parameters are those of the published model,
-but never run; a picture of another size than ``image_size`` gets interpolated positions without being asked; there is no
-dropout; SigLIP's pooling head is not part of the tower. Initialisation: normal of deviation 0.02 cut at two deviations for
-every weight, the class vector and the positions; biases 0; norms 1 and 0.
+Differences by design: blocks after the layer that is read are built, so that parameters are those of the published
+model, but never run; a picture of another size than ``image_size`` gets interpolated positions without being asked;
+there is no dropout; SigLIP's pooling head is not part of the tower. Initialisation: normal of deviation 0.02 cut at two
+deviations for every weight, the class vector and the positions; biases 0; norms 1 and 0.
 
 Letters: ``U`` pictures, ``N`` patches (and the class vector where it is kept), ``D`` width.
 """
@@ -52,8 +52,8 @@ class ViT(Encoder):
     class Config(EncoderConfig):
         """Sizes are in pixels and numbers; the functions below this class give those of published towers.
 
-        ``layer`` counts hidden states: 0 is the input of the first block, -1 the output of the last, -2 of the one before.
-        ``select`` keeps the patches, the patches with the class vector first, or the class vector alone.
+        ``layer`` counts hidden states: 0 is the input of the first block, -1 the output of the last, -2 of the one
+        before. ``select`` keeps the patches, the patches with the class vector first, or the class vector alone.
         ``pre_norm`` is CLIP's norm before the blocks. ``post_norm`` is the norm after them: absent, there for its
         parameters only, or applied to the layer that is read.
         """
@@ -154,7 +154,7 @@ class ViT(Encoder):
         return Tokens(x, grid=grid if self.config.select == "patch" else None)
 
     def unused(self) -> list[str]:
-        """Names of the parameters that never run: blocks after the layer that is read, and a post norm kept for its file."""
+        """Names of the parameters that never run: blocks after the layer that is read, an unused last norm."""
         idle = tuple(f"blocks.{i}." for i in range(self.config.blocks_run, self.config.depth))
         idle += ("post_norm.",) if self.config.post_norm == "unused" else ()
         return [name for name, _ in self.named_parameters() if name.startswith(idle)]

@@ -1,7 +1,8 @@
 """The two-layer perceptron of a transformer block, and the activations that published models use.
 
 Three functions go by the name GELU: the exact one (``gelu``), its tanh approximation (``gelu_tanh``, SigLIP) and
-``x · sigmoid(1.702 x)`` (``quick_gelu``, the CLIP of OpenAI). They differ by up to 2e-2, so a tower must say which is its own.
+``x · sigmoid(1.702 x)`` (``quick_gelu``, the CLIP of OpenAI). They differ by up to 2e-2, so a tower must say which
+is its own.
 """
 
 from __future__ import annotations

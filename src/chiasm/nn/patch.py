@@ -10,7 +10,7 @@ from chiasm.errors import DataError
 
 
 def patch_grid(shape: Sequence[int], channels: int, patch: int) -> tuple[int, int]:
-    """(rows, columns) of whole patches in a picture of ``shape (channels, height, width)``; the rest of a division is cut.
+    """(rows, columns) of whole patches in a picture of ``shape (channels, height, width)``; what is left over is cut.
 
     Raises DataError where the shape is not that of such a picture.
     """
@@ -33,7 +33,7 @@ class Patches(nn.Conv2d):
         self.patch = patch
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:  # type: ignore[override]
-        """``pixels [U, C, height, width]`` → ``[U, rows·columns, D]`` and the grid ``(rows, columns)``. Raises DataError."""
+        """``pixels [U, C, height, width]`` → ``[U, rows·columns, D]``, grid ``(rows, columns)``. Raises DataError."""
         if pixels.ndim != 4:
             raise DataError(
                 f"pictures of shape [units, {self.in_channels}, height, width] were expected, got {list(pixels.shape)}"
