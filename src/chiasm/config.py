@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
@@ -178,8 +178,9 @@ def _owner(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | Non
     """The configuration class that a nested key belongs to, where it can be told from the annotations."""
     for step in path:
         field = cls.model_fields.get(str(step))
-        kind = field.annotation if field else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # also within ``X | None``
+        tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if len(tables) != 1:
             return None
-        cls = kind
+        cls = tables[0]
     return cls

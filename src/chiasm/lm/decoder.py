@@ -1,12 +1,14 @@
 """One decoder for the Llama family: Llama 1-3, Vicuna, Mistral, Qwen2/2.5, Qwen3, SmolLM, Phi-3, InternLM2.
 
-Papers: LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Mistral (arXiv:2310.06825), Qwen2 (arXiv:2407.10671), Qwen3
-(arXiv:2505.09388), Phi-3 (arXiv:2404.14219), InternLM2 (arXiv:2403.17297). Reference: the models of transformers 5.23.
+Papers: LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Mistral (arXiv:2310.06825), Qwen2 (arXiv:2407.10671),
+Qwen3 (arXiv:2505.09388), Phi-3 (arXiv:2404.14219), InternLM2 (arXiv:2403.17297). Reference: the models of
+transformers 5.23.
 
-Differences by design: what distinguishes the family (grouped keys, rotary scaling and share, biases, QK norm, sliding window,
-tied head) is configuration, and fused matrices (Phi-3's and InternLM2's) are split when a checkpoint is read. Segments
-instead of a padding mask, so packed rows and padding on either side are one thing. Rotary frequencies that depend on the
-length do so for each segment (see ``chiasm.nn.rope``). The sliding window is one for all layers. No dropout.
+Differences by design: what distinguishes the family (grouped keys, rotary scaling and share, biases, QK norm, sliding
+window, tied head) is configuration, and fused matrices (Phi-3's and InternLM2's) are split when a checkpoint is read.
+Segments instead of a padding mask, so packed rows and padding on either side are one thing. Rotary frequencies that
+depend on the length do so for each segment, and ``steady`` says where that forbids a cache (see ``chiasm.nn.rope``).
+The sliding window is one for all layers. No dropout.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Decoder(LM):
     """Embedding → ``depth`` × (attention, gated MLP) → norm; ``head`` gives logits."""
 
     class Config(LMConfig):
-        """Sizes and switches of the block. ``head_dim`` None: ``dim // heads``; ``kv_heads`` None: as many as ``heads``."""
+        """Sizes and switches. ``head_dim`` None: ``dim // heads``; ``kv_heads`` None: as many as ``heads``."""
 
         type: str = "decoder"
         vocab: int
@@ -71,7 +73,9 @@ class Decoder(LM):
             if self.heads % (self.kv_heads or self.heads):
                 raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
             if self.rotary % 2 or not 0 < self.rotary <= self.width:
-                raise ValueError(f"rotary_share {self.rotary_share} of head_dim {self.width} is {self.rotary}: not even")
+                raise ValueError(
+                    f"rotary_share {self.rotary_share} of head_dim {self.width} is {self.rotary}: not even"
+                )
             if self.rope_scaling is not None and self.rope_scaling.type == "longrope":
                 sizes = {len(self.rope_scaling.short_factor or ()), len(self.rope_scaling.long_factor or ())}
                 if sizes != {self.rotary // 2}:
@@ -95,7 +99,7 @@ class Decoder(LM):
         self.max_positions = longest(config)
         self.rope = Rope(config.rotary, config.rope_theta, config.max_positions, config.rope_scaling)
         self.embedding = nn.Embedding(config.vocab, config.dim)
-        self.layers = nn.ModuleList(Block(config, self.rope) for _ in range(config.depth))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
         self.apply(initialise)
@@ -117,7 +121,7 @@ class Decoder(LM):
             cache.advance(segments, positions)
         keys = (segments, positions) if cache is None else (cache.segments, cache.positions)  # each [B, L]
         attend = causal(segments, positions, *keys, window=self.config.sliding_window)
-        turn = self.rope(keys[1], keys[0], x.dtype) if self.rope.varies else self.rope(positions, segments, x.dtype)
+        turn = self.rope(positions, segments, x.dtype)
         for index, layer in enumerate(self.layers):
             if cross is not None and index in cross:
                 x = cross[index](x)
@@ -129,6 +133,10 @@ class Decoder(LM):
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(hidden, weight)  # [..., V]
 
+    def steady(self, shortest: int, longest: int) -> bool:
+        """Whether a cache filled at ``shortest`` positions still holds at ``longest``: frequencies may change between."""
+        return self.rope.steady(shortest, longest)
+
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """Room for ``capacity`` positions of ``batch`` rows."""
         c = self.config
@@ -138,10 +146,10 @@ class Decoder(LM):
 class Block(nn.Module):
     """Pre-norm attention and gated MLP, each added to its input."""
 
-    def __init__(self, config: Decoder.Config, rope: Rope):
+    def __init__(self, config: Decoder.Config):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = Attention(config, rope.varies)
+        self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
@@ -154,9 +162,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal attention in which ``heads / kv_heads`` queries share one key and value."""
 
-    def __init__(self, config: Decoder.Config, late: bool):
+    def __init__(self, config: Decoder.Config):
         super().__init__()
-        self.width, self.late = config.width, late
+        self.width = config.width
         heads, kv_heads = config.heads, config.kv_heads or config.heads
         self.q_proj = nn.Linear(config.dim, heads * config.width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_heads * config.width, bias=config.qkv_bias)
@@ -166,19 +174,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.width, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, turn: Turn, attend: Attend, cache: KVCache | None, index: int) -> Tensor:
-        """``x [B, T, D]`` → ``[B, T, D]``. ``turn`` covers ``T`` columns, or all ``L`` where keys are rotated late."""
+        """``x [B, T, D]`` → ``[B, T, D]``."""
         q, k, v = (p(x).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))  # [B,T,H,Dh]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, Dh]
-        cos, sin = turn
-        if not self.late:
-            k = rotate(k, cos, sin)
+        q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
             k, v = cache.append(index, k, v)  # [B, H_kv, L, Dh]
-        if self.late:  # frequencies follow the segment's length: keys are cached as they are and turned on reading
-            k = rotate(k, cos, sin)
-        q = rotate(q, cos[:, :, -q.shape[2] :], sin[:, :, -q.shape[2] :])
         y = attend(q, k, v)  # [B, H, T, Dh]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, D]
 
@@ -207,7 +210,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def longest(config: Decoder.Config) -> int:
-    """Positions a model can use. ``max_positions`` is the trained length; linear, dynamic and yarn scaling extend it."""
+    """Positions a model can use: the trained ``max_positions``, extended by linear, dynamic and yarn scaling."""
     scaling = config.rope_scaling
     if scaling is None or scaling.factor is None or scaling.type not in ("linear", "dynamic", "yarn"):
         return config.max_positions

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Attend:
-    """What scaled dot-product attention is given: a mask ``[B, 1, T, L]`` (True: attend), or plain causality, or nothing."""
+    """What attention is given: a mask ``[B, 1, T, L]`` (True: attend), or plain causality, or nothing."""
 
     mask: Tensor | None = None
     causal: bool = False
@@ -19,9 +19,7 @@ class Attend:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, L, Dh]`` → ``[B, H, T, Dh]``."""
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped)
 
 
 def causal(

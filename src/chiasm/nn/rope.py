@@ -1,12 +1,14 @@
 """Rotary position embedding and its extensions to longer contexts.
 
-Papers: RoFormer (arXiv:2104.09864); position interpolation, "linear" (arXiv:2306.15595); NTK-aware scaling that grows with
-the sequence, "dynamic" (bloc97 and emozilla, 2023); YaRN (arXiv:2309.00071); LongRoPE (arXiv:2402.13753); "llama3" (Llama
-3.1's release). Reference: transformers ``modeling_rope_utils.py``, whose key names the configuration keeps.
+Papers: RoFormer (arXiv:2104.09864); position interpolation, "linear" (arXiv:2306.15595); NTK-aware scaling that grows
+with the sequence, "dynamic" (bloc97 and emozilla, 2023); YaRN (arXiv:2309.00071); LongRoPE (arXiv:2402.13753);
+"llama3" (Llama 3.1's release). Reference: transformers ``modeling_rope_utils.py``, whose key names the configuration
+keeps.
 
-Differences by design: where frequencies depend on the length of the sequence ("dynamic", "longrope"), the length is that of
-each segment, not the longest of the batch, so a batch gives what its rows give alone; and nothing is remembered between
-calls. ``Rope.varies`` tells the attention to cache keys before their rotation in that case.
+Differences by design: where frequencies depend on the length of the sequence ("dynamic", "longrope"), the length is
+that of each segment, not the longest of the batch, so a batch gives what its rows give alone; and nothing is
+remembered between calls. States computed at one length are then not those of another, so a cache may not cross such a
+change: ``Rope.steady`` says where it would, and generation computes afresh there instead of going on with stale keys.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ NEEDED = {
 
 
 class RopeScaling(Config):
-    """How a model reaches beyond the positions it was first trained on. Names are those of transformers' ``rope_scaling``."""
+    """How a model reaches beyond the positions it was trained on. Names are those of transformers' ``rope_scaling``."""
 
     type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float | None = None
@@ -74,13 +76,22 @@ class Rope:
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # [B, 1, T, dim]
         return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
 
+    def steady(self, shortest: int, longest: int) -> bool:
+        """Whether all lengths from ``shortest`` to ``longest`` have the same frequencies."""
+        if self.scaling is None or not self.varies:
+            return True
+        if self.scaling.type == "longrope":
+            original = _given(self.scaling.original_max_position_embeddings)
+            return longest <= original or shortest > original
+        return longest <= self.max_positions
+
     def _frequencies(self, positions: Tensor, segments: Tensor) -> Tensor:
         tables = self._on(positions.device)
         if not self.varies or self.scaling is None:
             return tables[0]
         lengths = segment_lengths(positions, segments).unsqueeze(-1)  # [B, T, 1]
         if self.scaling.type == "longrope":
-            return torch.where(lengths > self.scaling.original_max_position_embeddings, tables[1], tables[0])
+            return torch.where(lengths > _given(self.scaling.original_max_position_embeddings), tables[1], tables[0])
         # NTK: the base grows with the length, so that the slowest channel is stretched by it and the fastest kept.
         factor = self.scaling.factor or 1.0
         reach = lengths.clamp(min=self.max_positions).float() / self.max_positions
