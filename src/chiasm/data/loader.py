@@ -1,0 +1,151 @@
+"""From the order of a mixture to batches: which samples share a batch, made ready in workers, from any position on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from chiasm.data.base import Example
+from chiasm.data.mixture import Mixture, Ref, permutation
+from chiasm.errors import ChiasmError, DataError
+from chiasm.types import Batch, Sample
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One micro-batch to make: part ``part`` of ``parts`` of optimizer step ``step``, in epoch ``epoch``."""
+
+    step: int
+    part: int
+    parts: int
+    epoch: int
+    refs: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Cuts each epoch into optimizer steps of ``accumulate`` micro-batches of ``batch_size`` samples.
+
+    ``bucket`` is the number of steps whose samples are sorted by length before they are cut into micro-batches, which
+    are then shuffled (0: no sorting). The last step of an epoch may be smaller; token weighting keeps it exact.
+    """
+
+    mixture: Mixture
+    batch_size: int
+    accumulate: int = 1
+    bucket: int = 0
+
+    @property
+    def per_step(self) -> int:
+        """Samples of a whole step."""
+        return self.batch_size * self.accumulate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, rounded up."""
+        return -(-len(self.mixture) // self.per_step)
+
+    def specs(self, start: int, stop: int) -> Iterator[Spec]:
+        """The micro-batches of steps ``start`` … ``stop - 1``. Depends on the position only, not on what ran before."""
+        step = start
+        while step < stop:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            for number, parts in self._epoch(epoch, first):
+                if epoch * self.steps_per_epoch + number >= stop:
+                    return
+                step = epoch * self.steps_per_epoch + number
+                for index, refs in enumerate(parts):
+                    yield Spec(step, index, len(parts), epoch, refs)
+            step += 1
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[tuple[int, list[tuple[Ref, ...]]]]:
+        refs: list[Ref] = [(s, i) for s, i in self.mixture.order(epoch).tolist()]
+        window = max(1, self.bucket)
+        for start in range(first // window * window, self.steps_per_epoch, window):
+            inside = refs[start * self.per_step : (start + window) * self.per_step]
+            batches = self._cut(inside, epoch, start)
+            for number in range(start, start + -(-len(batches) // self.accumulate)):
+                if number >= first:
+                    offset = (number - start) * self.accumulate
+                    yield number, batches[offset : offset + self.accumulate]
+
+    def _cut(self, refs: list[Ref], epoch: int, start: int) -> list[tuple[Ref, ...]]:
+        if self.bucket:
+            refs = sorted(refs, key=self.mixture.hint)
+        batches = [tuple(refs[i : i + self.batch_size]) for i in range(0, len(refs), self.batch_size)]
+        if self.bucket:
+            batches = [
+                batches[i] for i in permutation(len(batches), self.mixture.seed, "bucket", epoch, start).tolist()
+            ]
+        return batches
+
+
+class Renderer:
+    """Examples to batches with a model's own processor: the only way from data to training and evaluation."""
+
+    def __init__(self, processor: Any, max_length: int | None = None, pack: bool = False):
+        self.processor = processor
+        self.max_length = max_length
+        self.pack = pack
+
+    def sample(self, example: Example) -> Sample:
+        """One example with its targets. Raises DataError that names it."""
+        sample = self.processor(list(example.messages), id=example.id, train=True, max_length=self.max_length)
+        sample.source = example.source
+        if sample.target_ids is None and not bool(sample.loss_mask.any()):
+            raise DataError(
+                f"sample {example.id!r}: 0 of its {len(sample)} tokens are learned from; "
+                "give it an assistant turn that is not empty and not marked train=False"
+            )
+        return sample
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Several examples, padded or packed. Raises DataError."""
+        from chiasm.processing.collate import collate, pack
+
+        samples = [self.sample(example) for example in examples]
+        if self.pack:
+            return pack(samples, sum(len(s) for s in samples))
+        return collate(samples, self.processor.tokenizer.pad_id)
+
+
+class _Made(Dataset):
+    """Makes one micro-batch. An error travels as a value, so that it arrives as raised, not as a worker's trace."""
+
+    def __init__(self, mixture: Mixture, renderer: Renderer):
+        self.mixture, self.renderer = mixture, renderer
+
+    def __getitem__(self, spec: Spec) -> tuple[Spec, Batch | ChiasmError]:
+        try:
+            return spec, self.renderer.batch([self.mixture[ref] for ref in spec.refs])
+        except ChiasmError as error:
+            return spec, error
+
+
+class _Specs:
+    def __init__(self, plan: BatchPlan, start: int, stop: int):
+        self.plan, self.start, self.stop = plan, start, stop
+
+    def __iter__(self) -> Iterator[Spec]:
+        return self.plan.specs(self.start, self.stop)
+
+
+def load(plan: BatchPlan, renderer: Renderer, start: int, stop: int, workers: int = 0) -> Iterator[tuple[Spec, Batch]]:
+    """The batches of steps ``start`` … ``stop - 1``. Workers start with the first batch asked for. Raises DataError."""
+    loader = DataLoader(
+        _Made(plan.mixture, renderer),
+        sampler=_Specs(plan, start, stop),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=False,
+        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
+    )
+    for spec, made in loader:
+        if isinstance(made, ChiasmError):
+            raise made
+        yield spec, made

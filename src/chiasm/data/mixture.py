@@ -1,0 +1,117 @@
+"""Several sources as one stream: weights, and an order that is a function of the seed, the epoch and the place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from chiasm import registry
+from chiasm.config import Config, part
+from chiasm.data.base import Example, Source
+from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.types import Message
+
+Ref = tuple[int, int]  # (number of the source, index in it)
+
+
+class Entry(Config):
+    """One source of a mixture."""
+
+    source: part("source")  # type: ignore[valid-type]
+    weight: float = Field(1.0, gt=0)  # how often an example is seen in an epoch; 0.5: another half each epoch
+    limit: int | None = Field(None, gt=0)  # the first examples only
+
+
+class Mixture:
+    """Examples of several sources by reference ``(source, index)``, and their order in each epoch.
+
+    No example of a source comes a second time before all of them came once, whatever the weight. The order of an epoch
+    is computed from ``(seed, epoch)`` alone: a resumed run needs no state but a number.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], seed: int = 0):
+        if not entries:
+            raise ConfigError("no data source is given; add one under 'data'")
+        self.names = list(entries)
+        self.entries = list(entries.values())
+        self.seed = seed
+        self.sources: list[Source] = []
+        for name, entry in entries.items():
+            source = registry.get("source", entry.source.type)(entry.source)
+            if len(source) == 0:
+                raise DataError(f"data source {name!r} holds 0 examples; check its file and its split")
+            self.sources.append(source)
+
+    def size(self, number: int) -> int:
+        """Examples of a source that the mixture may use."""
+        limit = self.entries[number].limit
+        return min(len(self.sources[number]), limit) if limit else len(self.sources[number])
+
+    def share(self, number: int) -> int:
+        """Examples of a source in one epoch, at least one."""
+        return max(1, round(self.size(number) * self.entries[number].weight))
+
+    def __len__(self) -> int:
+        """Examples in one epoch."""
+        return sum(self.share(i) for i in range(len(self.sources)))
+
+    def order(self, epoch: int) -> Tensor:
+        """The references ``[n, 2]`` of an epoch, in their order."""
+        runs = []
+        for number in range(len(self.sources)):
+            indices = self.draw(number, epoch)
+            runs.append(torch.stack([torch.full_like(indices, number), indices], dim=1))
+        refs = torch.cat(runs)
+        return refs[permutation(len(refs), self.seed, "mixture", epoch)]
+
+    def __getitem__(self, ref: Ref) -> Example:
+        """The example, marked with its source's name in this mixture. Raises DataError."""
+        number, index = ref
+        example = self.sources[number][index]
+        return replace(example, source=self.names[number])
+
+    def hint(self, ref: Ref) -> int:
+        """A cheap guess at how long an example is, only used to put examples of like length together."""
+        number, index = ref
+        source = self.sources[number]
+        measure = getattr(source, "hint", None)
+        return measure(index) if measure else text_length(source[index].messages)
+
+    def only(self, names: tuple[str, ...] | None) -> Mixture:
+        """The same mixture with some of its sources. Raises ConfigError on an unknown name."""
+        if names is None:
+            return self
+        for name in names:
+            if name not in self.names:
+                raise ConfigError(f"unknown data source {name!r}; {nearest(name, self.names)}")
+        chosen = object.__new__(Mixture)
+        keep = [self.names.index(name) for name in names]
+        chosen.names, chosen.seed = list(names), self.seed
+        chosen.entries, chosen.sources = [self.entries[i] for i in keep], [self.sources[i] for i in keep]
+        return chosen
+
+    def draw(self, number: int, epoch: int) -> Tensor:
+        """The indices a source gives to an epoch: a window over its endless run of permutations."""
+        size, share = self.size(number), self.share(number)
+        first, last = epoch * share, (epoch + 1) * share
+        lap = first // size
+        laps = range(lap, (last - 1) // size + 1)
+        run = torch.cat([permutation(size, self.seed, self.names[number], n) for n in laps])
+        return run[first - lap * size : last - lap * size]
+
+
+def permutation(size: int, *key: object) -> Tensor:
+    """A permutation ``[size]`` that depends on ``key`` only, not on any generator's state."""
+    digest = hashlib.sha256("/".join(str(k) for k in key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(size, generator=generator)
+
+
+def text_length(messages: tuple[Message, ...]) -> int:
+    """Characters of the text, and a flat amount for each medium."""
+    return sum(len(m.text) + 512 * len(m.media) for m in messages)

@@ -1,0 +1,111 @@
+"""Checkpoints of a running stage: written to the side and renamed, so that a killed save leaves nothing half done.
+
+A folder ``step-000200`` holds ``weights.safetensors`` (the float32 masters of what is trained),
+``optimizer.safetensors`` (their moments, and the random state) and ``state.json`` (the step, which is also the place in
+the data, and what a run must agree with to go on from here). What is frozen is not written, only a mark of it that tells
+another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from chiasm.errors import CheckpointError
+from chiasm.train.optim import Masters
+
+
+def save(folder: Path, step: int, masters: Masters, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int):
+    """Write ``folder/step-…`` and remove all but the newest ``keep``."""
+    final = folder / f"step-{step:06d}"
+    aside = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    weights = {name: p.detach().cpu().contiguous() for name, p in masters.masters.items()}
+    save_file(weights, aside / "weights.safetensors")
+    moments: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
+    for name, p in masters.masters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            moments[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    if torch.cuda.is_available():
+        moments["rng/cuda"] = torch.cuda.get_rng_state()
+    save_file(moments, aside / "optimizer.safetensors")
+    (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+    for file in aside.iterdir():
+        _flush(file)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    _flush(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a stage, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def restore(path: Path, masters: Masters, optimizer: torch.optim.Optimizer, expected: dict[str, Any]) -> int:
+    """Put a checkpoint's state into masters, model, optimizer and random generators; returns its step.
+
+    Raises CheckpointError where the run is another one than the checkpoint's: ``expected`` must equal what was saved.
+    """
+    state = json.loads((path / "state.json").read_text())
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise CheckpointError(
+                f"{path}: was written by a run with {key} {state.get(key)!r}, this one has {value!r}; "
+                "resume with the same recipe and model, or start in another folder"
+            )
+    weights = load_file(path / "weights.safetensors")
+    _same_names(path, set(weights), set(masters.masters))
+    moments = load_file(path / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, p in masters.masters.items():
+            p.copy_(weights[name])
+    masters.publish()
+    for name, p in masters.masters.items():
+        kept = {k.rpartition("/")[2]: v for k, v in moments.items() if k.rpartition("/")[0] == name}
+        if kept:
+            stays = set() if optimizer.defaults.get("fused") else {"step"}  # unfused: counted on the CPU
+            optimizer.state[p] = {k: v if k in stays else v.to(p.device) for k, v in kept.items()}
+    torch.set_rng_state(moments["rng/cpu"])
+    if torch.cuda.is_available() and "rng/cuda" in moments:
+        torch.cuda.set_rng_state(moments["rng/cuda"])
+    return int(state["step"])
+
+
+def digest(model: nn.Module, plan_rates: dict[str, float | None]) -> str:
+    """A short mark of the frozen parameters: names, shapes and 16 values of each."""
+    mark = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if plan_rates[name] is None:
+            flat = p.detach().flatten()
+            few = flat[torch.linspace(0, flat.numel() - 1, 16, device=flat.device).long()].double().cpu()
+            mark.update(f"{name}{tuple(p.shape)}".encode() + few.numpy().tobytes())
+    return mark.hexdigest()[:12]
+
+
+def _same_names(path: Path, saved: set[str], wanted: set[str]) -> None:
+    if saved != wanted:
+        missing, extra = sorted(wanted - saved), sorted(saved - wanted)
+        raise CheckpointError(
+            f"{path}: holds {len(saved)} trained tensors, this stage trains {len(wanted)}; "
+            f"missing {missing[:3]}, not trained here {extra[:3]}; resume with the plan it was started with"
+        )
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

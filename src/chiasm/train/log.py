@@ -1,0 +1,101 @@
+"""What a run says while it works: a JSONL log, the plan's table, progress bars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from chiasm.train.plan import Plan
+
+
+class JsonLog:
+    """One JSON object a line. On resume the lines after the checkpoint's step are removed."""
+
+    def __init__(self, path: Path, resume_at: int | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        kept = []
+        if resume_at is not None and path.is_file():
+            kept = [r for r in read_log(path) if r["step"] <= resume_at]
+        self.file = path.open("w", encoding="utf-8")
+        for record in kept:
+            self.write(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record and flush it."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line cut by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def plan_table(stage: str, plan: Plan) -> Table:
+    """The plan as a table: part, parameters, what happens to them, learning rate."""
+    share = 100 * plan.trainable / plan.total
+    table = Table(
+        title=f"Stage {stage}: trains {plan.trainable:,} of {plan.total:,} parameters ({share:.1f} %)",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=None,
+    )
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("plan")
+    table.add_column("learning rate", justify="right")
+    for row in plan.rows:
+        style = None if row.trainable else "dim"
+        table.add_row(row.part, f"{row.parameters:,}", row.action, f"{row.lr:g}" if row.lr else "", style=style)
+    return table
+
+
+class Bars:
+    """A progress bar of a stage; where the output is no terminal, about ten plain lines instead."""
+
+    def __init__(self, console: Console, stage: str, total: int, done: int = 0):
+        self.console, self.stage, self.total = console, stage, total
+        self.every = max(1, total // 10)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(stage, total=total, completed=done, note="")
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def update(self, step: int, record: dict[str, Any]) -> None:
+        """Show the state after ``step`` steps."""
+        note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['samples_per_s']:.0f} samples/s"
+        self.progress.update(self.task, completed=step, note=note)
+        if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
+            left = (self.total - step) * record["seconds_per_step"]
+            self.console.print(f"  {self.stage} {step}/{self.total}  {note}  {left:.0f} s left", highlight=False)

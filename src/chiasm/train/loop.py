@@ -1,0 +1,203 @@
+"""One stage of training: batches in, optimizer steps out.
+
+    for each step: micro-batches → objective (sum, weight) → backward of the sum → divide by the whole step's weight
+                   → clip → AdamW → log, held-out loss, checkpoint
+
+The gradient is that of the mean over all target tokens of the step, however the step is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from chiasm import registry
+from chiasm.data.loader import BatchPlan, Renderer, Spec, load
+from chiasm.data.mixture import Mixture
+from chiasm.errors import CheckpointError, ChiasmError, DataError
+from chiasm.train import checkpoint, optim
+from chiasm.train.log import Bars, JsonLog, plan_table
+from chiasm.train.objectives.base import Objective
+from chiasm.train.plan import Plan, apply, resolve, set_modes
+from chiasm.train.recipe import Stage
+from chiasm.types import Batch
+
+
+class NotFinite(ChiasmError):
+    """A loss or gradient that is no number. Names the step and the samples."""
+
+
+@dataclass
+class Tally:
+    """Sums over the micro-batches of a step, or over the steps between two log lines."""
+
+    total: float = 0.0
+    weight: float = 0.0
+    samples: int = 0
+    positions: int = 0
+    parts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Add another tally's sums."""
+        self.total += other.total
+        self.weight += other.weight
+        self.samples += other.samples
+        self.positions += other.positions
+        for name, (total, weight) in other.parts.items():
+            old = self.parts.get(name, (0.0, 0.0))
+            self.parts[name] = (old[0] + total, old[1] + weight)
+        self.ids += other.ids
+
+    def means(self) -> dict[str, float]:
+        """The mean loss, and that of each part."""
+        parts = {f"loss/{name}": total / weight for name, (total, weight) in self.parts.items() if weight}
+        return {"loss": self.total / max(1.0, self.weight)} | parts
+
+
+class StageRun:
+    """Trains a model by one stage's configuration. ``fit`` returns the log; the model is changed in place.
+
+    ``probe`` gives the held-out records (a dict of numbers) at every ``eval_every`` steps. Raises DataError,
+    ConfigError and CheckpointError before the first step, NotFinite at the first loss or gradient that is no number.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        stage: Stage,
+        mixture: Mixture,
+        out: Path,
+        probe: Callable[[], dict[str, float]] | None = None,
+        console: Console | None = None,
+        seed: int = 0,
+    ):
+        self.model, self.renderer, self.stage, self.out, self.probe = model, renderer, stage, out, probe
+        self.console = console or Console()
+        self.seed = seed
+        self.objective: Objective = registry.get("objective", stage.objective)
+        self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
+        self.steps = stage.total_steps(self.batches.steps_per_epoch)
+        self.plan: Plan = resolve(model, stage.table(), stage.lr)
+        self.low = torch.bfloat16 if stage.dtype == "bf16" else None
+
+    def fit(self, resume: bool = False) -> None:
+        """Run the stage from its first step, or from its newest checkpoint."""
+        apply(self.model, self.plan)
+        mark = checkpoint.digest(self.model, self.plan.rates)
+        self.masters = optim.Masters(self.model, self.plan, self.low)
+        self.optimizer = optim.adamw(self.masters, self.plan, self.stage.weight_decay, self.stage.betas)
+        self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
+        self.console.print(plan_table(self.stage.name, self.plan))
+        try:
+            with torch.random.fork_rng():  # dropout may draw from the global generator; the caller's is left as it was
+                torch.manual_seed(self.seed)
+                start = self._restore() if resume else self._fresh()
+                self.log = JsonLog(self.out / "log.jsonl", resume_at=start if resume else None)
+                self._run(start)
+        finally:
+            self.masters.restore()
+            self.model.eval()
+
+    def _run(self, start: int) -> None:
+        stream = load(self.batches, self.renderer, start, self.steps, self.stage.workers)
+        since, clock = Tally(), time.perf_counter()
+        with Bars(self.console, self.stage.name, self.steps, start) as bars:
+            step_tally = Tally()
+            for spec, batch in stream:
+                step_tally.add(self.backward(batch, spec))
+                if spec.part + 1 < spec.parts:
+                    continue
+                norm, share = self.update(spec.step, step_tally)
+                since.add(step_tally)
+                step_tally, done = Tally(), spec.step + 1
+                if done % self.stage.log_every == 0 or done == self.steps:
+                    now = time.perf_counter()
+                    bars.update(done, self._record(done, spec, since, norm, share, now - clock))
+                    since, clock = Tally(), now
+                clock += self._pause(done)
+        self.log.close()
+
+    def backward(self, batch: Batch, spec: Spec) -> Tally:
+        """Gradients of one micro-batch's loss sum, added to those that are there. Raises NotFinite."""
+        batch = batch.to(self.model.device, dtype=self.model.dtype)
+        loss = self.objective(self.model, batch)
+        total = float(loss.total.detach())
+        if not math.isfinite(total):
+            raise NotFinite(self._not_finite(spec.step, f"the loss is {total}", batch.ids))
+        if loss.total.requires_grad:
+            loss.total.backward()
+            self.masters.collect()
+        return Tally(total, loss.weight, len(batch.ids), batch.input_ids.numel(), dict(loss.parts), list(batch.ids))
+
+    def update(self, step: int, tally: Tally) -> tuple[float, float]:
+        """One optimizer step from the summed gradients. Returns the gradient norm and the schedule's share."""
+        if tally.weight == 0:
+            raise DataError(f"step {step + 1}: 0 target tokens in {len(tally.ids)} samples: {_some(tally.ids)}")
+        norm = optim.scale_and_clip(self.masters.gradients(), tally.weight, self.stage.max_grad_norm)
+        if not math.isfinite(norm):
+            raise NotFinite(self._not_finite(step, f"the gradient norm is {norm}", tally.ids))
+        share = optim.factor(step, self.steps, self.stage.warmup_ratio, self.stage.schedule)
+        optim.set_rates(self.optimizer, share)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.masters.publish()
+        return norm, share
+
+    def _record(self, done: int, spec: Spec, tally: Tally, norm: float, share: float, seconds: float) -> dict[str, Any]:
+        steps = (done - 1) % self.stage.log_every + 1
+        record = {"step": done, "epoch": spec.epoch, **tally.means()}
+        record |= {"lr": self.stage.lr * share, "grad_norm": norm, "tokens": int(tally.weight)}
+        record |= {"samples_per_s": tally.samples / seconds, "positions_per_s": tally.positions / seconds}
+        record |= {"seconds_per_step": seconds / steps}
+        self.log.write(record)
+        return record
+
+    def _pause(self, done: int) -> float:
+        """Held-out loss and checkpoint where they are due; returns the seconds they took."""
+        begun = time.perf_counter()
+        every = self.stage.eval_every
+        if self.probe and every and (done % every == 0 or done == self.steps):
+            self.model.eval()
+            self.log.write({"step": done, **self.probe()})
+            set_modes(self.model)
+        if self.stage.save_every and done % self.stage.save_every == 0 and done < self.steps:
+            checkpoint.save(
+                self.out / "checkpoints", done, self.masters, self.optimizer, self.agree, self.stage.keep_last
+            )
+        return time.perf_counter() - begun
+
+    def _fresh(self) -> int:
+        if checkpoint.checkpoints(self.out / "checkpoints"):
+            raise CheckpointError(
+                f"{self.out}: holds checkpoints of an earlier run; resume it, or give another 'out' folder"
+            )
+        return 0
+
+    def _restore(self) -> int:
+        found = checkpoint.checkpoints(self.out / "checkpoints")
+        return checkpoint.restore(found[-1], self.masters, self.optimizer, self.agree) if found else 0
+
+    def _not_finite(self, step: int, what: str, ids: list[str]) -> str:
+        return (
+            f"stage {self.stage.name!r}, step {step + 1}: {what}; samples: {_some(ids)}. "
+            "Look at these samples, lower the learning rate, or use float32"
+        )
+
+
+def _identity(stage: Stage) -> str:
+    """What two runs must share so that one may go on with the other's checkpoint."""
+    free = {"workers", "log_every", "eval_every", "save_every", "keep_last", "check_samples"}
+    return stage.model_copy(update={name: Stage.model_fields[name].default for name in free}).hash()
+
+
+def _some(ids: list[str], most: int = 8) -> str:
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")

@@ -1,0 +1,43 @@
+"""Cross-entropy of the next token, at the labelled positions only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chiasm import registry
+from chiasm.fusion.base import Fusion
+from chiasm.fusion.splice import labelled
+from chiasm.train.objectives.base import Loss
+from chiasm.types import Batch, Output
+
+
+@registry.register("objective", "next_token")
+def next_token(model: Fusion, batch: Batch) -> Loss:
+    """The loss in float32, whatever the model computes in. A batch without any target gives exactly 0 with weight 0."""
+    output = model(batch, logits="labels")
+    losses = F.cross_entropy(output.logits.float(), output.targets, reduction="none")  # [n]
+    return Loss(losses.sum(), losses.numel(), by_source(batch, output, losses.detach()))
+
+
+def by_source(batch: Batch, output: Output, losses: Tensor) -> dict[str, tuple[float, float]]:
+    """Loss sums and token counts of each data source in the batch; nothing where there is only one source."""
+    names = sorted(set(batch.sources))
+    if len(names) < 2:
+        return {}
+    number = torch.tensor([names.index(s) for s in batch.sources], device=losses.device)[owners(batch, output)]  # [n]
+    sums = torch.zeros(len(names), device=losses.device).index_add(0, number, losses)
+    counts = torch.bincount(number, minlength=len(names))
+    return {f"source/{n}": (s, c) for n, s, c in zip(names, sums.tolist(), counts.tolist(), strict=True)}
+
+
+def owners(batch: Batch, output: Output) -> Tensor:
+    """Which sample of ``batch.ids`` each target ``[n]`` belongs to, in padded and in packed batches."""
+    assert output.target_rows is not None
+    if len(batch.ids) == len(batch.input_ids):
+        return output.target_rows
+    rows, columns = labelled(batch)
+    before = batch.segment_ids.amax(dim=1).cumsum(0).roll(1)  # segments of the rows above
+    before[0] = 0
+    return before[rows] + batch.segment_ids[rows, columns] - 1

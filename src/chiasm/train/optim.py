@@ -1,0 +1,137 @@
+"""The optimizer: AdamW over float32 masters, decay groups, warm-up and cosine.
+
+With ``dtype: bf16`` the model's own tensors are bfloat16, and the optimizer works on float32 copies of the trained ones
+(masters): gradients of all micro-batches are summed in float32, and a step below bfloat16's spacing is not lost. Nothing is cast in the forward pass, unlike autocast, which casts every weight each time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from chiasm.train.plan import Plan
+
+
+class Masters:
+    """The float32 tensors that are optimized, by name, and their exchange with the model's own.
+
+    In float32 the masters are the parameters themselves and every method is free. ``restore`` gives the model back in
+    float32: trained tensors from their masters, frozen ones exactly as they were before the cast.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, low: torch.dtype | None):
+        self.model = model
+        self.low = low
+        named = dict(model.named_parameters())
+        self.trained = {name: p for name, p in named.items() if plan.rates[name] is not None}
+        self.frozen: dict[str, Tensor] = {}
+        if low is None:
+            self.masters = {name: _in_float32(p) for name, p in self.trained.items()}
+            return
+        self.masters = {
+            name: nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True)
+            for name, p in self.trained.items()
+        }
+        for name, p in named.items():
+            if name not in self.trained and p.dtype != low:
+                self.frozen[name] = p.data.cpu()
+            p.data = p.data.to(low)
+
+    def collect(self) -> None:
+        """Add the model's gradients of one micro-batch to those of the masters."""
+        if self.low is None:
+            return
+        for name, p in self.trained.items():
+            if p.grad is not None:
+                master = self.masters[name]
+                gradient = p.grad.to(torch.float32)
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                p.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters' values into the model."""
+        if self.low is not None:
+            for name, p in self.trained.items():
+                p.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """End of the stage: the model in float32 again."""
+        if self.low is None:
+            return
+        for name, p in self.trained.items():
+            p.data = self.masters[name].data
+            p.grad = None
+        for name, p in self.model.named_parameters():
+            if name in self.frozen:
+                p.data = self.frozen[name].to(p.device)
+        self.low = None
+
+    def gradients(self) -> list[Tensor]:
+        """All gradients that are there."""
+        return [p.grad for p in self.masters.values() if p.grad is not None]
+
+
+def _in_float32(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dtype != torch.float32:
+        parameter.data = parameter.data.to(torch.float32)
+    return parameter
+
+
+def adamw(masters: Masters, plan: Plan, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW with a group for each learning rate, decay on matrices only (as the published recipes: not on biases, norms
+    and other vectors). Fused where the device has the kernel.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in masters.masters.items():
+        rate = plan.rates[name]
+        assert rate is not None
+        groups.setdefault((rate, p.ndim >= 2), []).append(p)
+    fused = all(p.device.type in ("cpu", "cuda") for p in masters.masters.values())
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay if decays else 0.0}
+            for (rate, decays), params in groups.items()
+        ],
+        betas=betas,
+        fused=fused,
+    )
+
+
+def factor(step: int, total: int, warmup_ratio: float, schedule: str) -> float:
+    """The share of the learning rate at ``step`` (from 0), as transformers' schedules give it: linear from 0 over
+    ``ceil(total · warmup_ratio)`` steps, then a half cosine to 0, a line to 0, or flat.
+    """
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return max(0.0, 1.0 - progress) if schedule == "linear" else 1.0
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every group its own learning rate times ``share``."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * share
+
+
+@torch.no_grad()
+def scale_and_clip(gradients: Iterable[Tensor], weight: float, max_norm: float) -> float:
+    """Turn gradients of a sum into those of the mean over ``weight`` and clip their common norm to ``max_norm``.
+
+    Returns the norm before clipping; where it is not finite the gradients are left alone.
+    """
+    gradients = list(gradients)
+    if not gradients:
+        return 0.0
+    norms = torch._foreach_norm(gradients)
+    norm = float(torch.linalg.vector_norm(torch.stack([n.to(gradients[0].device) for n in norms]))) / weight
+    if math.isfinite(norm):
+        torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / weight)
+    return norm

@@ -1,0 +1,124 @@
+"""A training run as a strict configuration: model, data, stages. Written as YAML, changed by dotted overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from chiasm.config import Config, load_yaml, override
+from chiasm.data.mixture import Entry
+from chiasm.errors import ConfigError
+from chiasm.train.plan import PLANS, Action, check_action
+
+
+class ModelSpec(Config):
+    """Where the model of a run comes from: exactly one of ``preset``, ``folder`` and ``config``."""
+
+    preset: str | None = None  # a preset's name
+    tiny: bool = False  # the preset's tiny form
+    folder: str | None = None  # a saved model: folder or hub name
+    config: dict[str, Any] | None = None  # a VLMConfig written out
+    overrides: dict[str, Any] = Field(default_factory=dict)  # dotted changes of the configuration, before it is built
+    tokenizer: str | None = None  # a folder with tokenizer files; needed unless ``folder`` is given
+    weights: dict[str, str] = Field(
+        default_factory=dict
+    )  # part ("lm", "encoders.image") → folder its weights are loaded from
+
+
+class Stage(Config):
+    """One stage: what is trained, on what, for how long. ``plan`` is a preset's name or a table pattern → action."""
+
+    name: str
+    plan: str | dict[str, Action] = "instruct"
+    objective: str = "next_token"
+    data: tuple[str, ...] | None = None  # names of the sources to use; None: all
+    steps: int | None = Field(None, gt=0)  # optimizer steps; or
+    epochs: float | None = Field(None, gt=0)  # passes over the mixture
+    batch_size: int = Field(8, gt=0)  # samples of a micro-batch
+    accumulate: int = Field(1, gt=0)  # micro-batches of an optimizer step
+    lr: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bf16"] = "float32"
+    max_length: int | None = Field(None, gt=0)
+    bucket: int = Field(0, ge=0)  # steps whose samples are sorted by length together; 0: none
+    pack: bool = False  # samples of a micro-batch one after the other in one row, without padding
+    workers: int = Field(0, ge=0)
+    log_every: int = Field(10, gt=0)
+    eval_every: int | None = Field(None, gt=0)  # steps between held-out losses
+    save_every: int | None = Field(None, gt=0)  # steps between checkpoints
+    keep_last: int = Field(2, gt=0)
+    check_samples: int = Field(1000, ge=0)  # samples opened and rendered before the first step
+
+    @field_validator("plan")
+    @classmethod
+    def _plan(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in PLANS:
+                raise ValueError(f"unknown plan {value!r}; known: {', '.join(PLANS)}")
+        else:
+            for action in value.values():
+                check_action(action)
+        return value
+
+    def table(self) -> dict[str, Action]:
+        """The plan as pattern → action."""
+        return dict(PLANS[self.plan]) if isinstance(self.plan, str) else dict(self.plan)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the stage. Raises ConfigError unless exactly one of steps and epochs is given."""
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(
+                f"stage {self.name!r}: steps is {self.steps} and epochs is {self.epochs}; give exactly one of them"
+            )
+        return self.steps if self.steps is not None else max(1, round((self.epochs or 0) * steps_per_epoch))
+
+
+class EvalSpec(Config):
+    """The held-out evaluation at the end of a run."""
+
+    limit: int | None = Field(None, gt=0)  # examples of each source; None: all
+    batch_size: int = Field(16, gt=0)
+    max_new_tokens: int = Field(32, gt=0)
+    shuffled: bool = True  # also with the pictures of other examples: does the model look?
+    loss_samples: int = Field(64, gt=0)  # examples of the held-out loss during training
+    examples: int = Field(24, ge=0)  # shown in the report
+
+
+class Recipe(Config):
+    """A run from a model to a report. Paths are relative to the working directory."""
+
+    name: str = "run"
+    model: ModelSpec
+    data: dict[str, Entry]
+    held_out: dict[str, Entry] = Field(default_factory=dict)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    eval: EvalSpec = EvalSpec()
+    seed: int = 0
+    device: str = "auto"  # auto: the first of cuda, cpu that is there
+    out: str = "runs/run"
+    tiny: dict[str, Any] = Field(default_factory=dict)  # dotted overrides that make the recipe's tiny form
+
+    @field_validator("stages")
+    @classmethod
+    def _names(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        names = [stage.name for stage in stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the stages need different names, got {', '.join(names)}")
+        return stages
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, tiny: bool = False) -> Recipe:
+    """The recipe in a YAML file: first its tiny form where asked, then the dotted overrides. Raises ConfigError."""
+    values = load_yaml(path)
+    if tiny:
+        if not values.get("tiny"):
+            raise ConfigError(f"{path}: has no tiny form; add a table 'tiny' of dotted overrides")
+        values = override(values, values["tiny"])
+    return Recipe.parse(override(values, overrides or {}), where=str(path))
