@@ -1,1 +1,3 @@
-"""data/sources"""
+"""Data sources, one file or folder each."""
+
+from chiasm.data.sources import playground as playground
