@@ -1,1 +1,5 @@
-"""processing"""
+"""From messages to tensors: front ends, templates, and the one renderer that training, eval, chat and serving share."""
+
+from chiasm.processing import image
+
+__all__ = ["image"]
