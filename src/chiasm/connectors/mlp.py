@@ -49,10 +49,10 @@ class MLP(Connector):
         return Tokens(self.layers(tokens.x), tokens.mask, tokens.grid)  # [U, N, D_out]
 
 
-def perceptron(dim: int, hidden: int, out_dim: int, depth: int, activation: str) -> nn.Sequential:
+def perceptron(dim: int, hidden: int, out_dim: int, depth: int, activation: str, bias: bool = True) -> nn.Sequential:
     """``depth`` linear layers from ``dim`` over ``hidden`` to ``out_dim``; activations take the odd places."""
     widths = [dim, *[hidden] * (depth - 1), out_dim]
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
-        layers += [Activation(activation), nn.Linear(a, b)]
+        layers += [Activation(activation), nn.Linear(a, b, bias=bias)]
     return nn.Sequential(*layers[1:])

@@ -1,5 +1,5 @@
 """Encoders: units of a medium in, feature vectors out."""
 
-from chiasm.encoders import vit
+from chiasm.encoders import hf, vit
 
-__all__ = ["vit"]
+__all__ = ["hf", "vit"]

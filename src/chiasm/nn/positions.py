@@ -10,9 +10,9 @@ from torch import Tensor
 def interpolate(positions: Tensor, home: tuple[int, int], grid: tuple[int, int], prefix: int = 0) -> Tensor:
     """Learned positions carried from the grid ``home`` to ``grid``; the first ``prefix`` rows stay as they are.
 
-    ``[prefix + rows·columns, D]`` → ``[prefix + rows'·columns', D]``. Bicubic without antialiasing and with pixel centres
-    at half integers, as ``interpolate_pos_encoding`` of transformers does (open_clip antialiases, the original ViT is
-    linear: their results differ).
+    ``[prefix + rows·columns, D]`` → ``[prefix + rows'·columns', D]``. Bicubic, not antialiased, pixel centres at half
+    integers, as ``interpolate_pos_encoding`` of transformers does (open_clip antialiases, the original ViT is linear:
+    their results differ).
     """
     if home == grid:
         return positions
