@@ -41,9 +41,9 @@ class Provenance(Config):
 class VLMConfig(Config):
     """A model to build.
 
-    ``weights`` names, for parts of the network (``"lm"``, ``"encoders.image"``, ``"connectors.image"``), a folder or file
-    that their weights are read from when the model is built; ``tokenizer`` a folder with a tokenizer. A saved folder has
-    neither: it holds the weights and the tokenizer itself.
+    ``weights`` names, for parts of the network (``"lm"``, ``"encoders.image"``, ``"connectors.image"``), a folder or
+    file that their weights are read from when the model is built; ``tokenizer`` a folder with a tokenizer. A saved
+    folder has neither: it holds the weights and the tokenizer itself.
     """
 
     format: str = FORMAT

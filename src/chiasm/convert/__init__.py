@@ -1,1 +1,1 @@
-"""convert"""
+"""Weights between files and models: two-way rules, tensor files, shared component maps. Names and tensors only."""
