@@ -1,1 +1,40 @@
-"""presets"""
+"""Published systems as configurations: a preset picks parts, and carries its paper, recipe and published size.
+
+config = preset("llava-1.5-7b")                # at published size
+config = preset("llava-1.5-7b", tiny=True)     # the same structure, small enough for a test
+for record in presets(): print(record.name, record.parameters, record.paper)
+"""
+
+from __future__ import annotations
+
+from chiasm import registry
+from chiasm.model_config import VLMConfig
+from chiasm.presets import llava, llava_next, llava_onevision
+from chiasm.presets.record import Preset
+from chiasm.presets.tiny import VOCAB
+from chiasm.presets.tiny import tiny as shrink
+
+__all__ = ["Preset", "llava", "llava_next", "llava_onevision", "preset", "presets", "record_of"]
+
+
+def preset(name: str, tiny: bool = False, vocab: int = VOCAB) -> VLMConfig:
+    """The configuration of a published system, at published size or as its tiny form for a vocabulary of ``vocab``.
+
+    ``name`` may also be ``"package.module:function"``, a function that returns a ``VLMConfig``. Raises RegistryError that
+    says which names are near.
+    """
+    entry = registry.get("preset", name)
+    config = entry.config() if isinstance(entry, Preset) else entry()
+    return shrink(config, vocab) if tiny else config
+
+
+def record_of(name: str) -> Preset:
+    """What is known about a published system. Raises RegistryError."""
+    return registry.get("preset", name)
+
+
+def presets() -> list[Preset]:
+    """All published systems, oldest first, then by size."""
+    entries = (registry.get("preset", name) for name in registry.names("preset"))
+    records = [entry for entry in entries if isinstance(entry, Preset)]
+    return sorted(records, key=lambda r: (r.system.released, r.family, r.parameters))

@@ -1,0 +1,59 @@
+"""The tiny form of a preset: the same structure, a thousandth of the size, for tests, tours and a first run.
+
+Every option that says *how* the parts work is kept (layers read, fits, tilings, merges, pools, biases, grouped keys,
+templates); every option that says *how large* they are is made small, widths and pictures alike.
+"""
+
+from __future__ import annotations
+
+
+from chiasm.errors import ConfigError
+from chiasm.model_config import VLMConfig
+
+PATCH = 4  # pixels of a tiny patch's side
+QUARTER = 4  # a tiny tower sees a quarter of the patches a side
+TOWER = {"dim": 32, "depth": 3, "heads": 4, "mlp": 64, "patch": PATCH}
+VOCAB = 512
+
+
+def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
+    """A preset's configuration at tiny size, for a tokenizer of ``vocab`` tokens. Raises ConfigError."""
+    dump = config.dump()
+    model, media = dump["model"], dump["processing"]["media"]
+    sizes = {}
+    for name, encoder in model["encoders"].items():
+        if encoder["type"] != "vit":
+            raise ConfigError(f"encoder {name!r} is of type {encoder['type']!r}: only 'vit' has a tiny form")
+        small = tiny_side(encoder["image_size"], encoder["patch"])
+        sizes[encoder["image_size"]] = small
+        encoder.update(TOWER, image_size=small)
+    if model["lm"]["type"] != "decoder":
+        raise ConfigError(f"the language model is of type {model['lm']['type']!r}: only 'decoder' has a tiny form")
+    grouped = model["lm"]["kv_heads"] not in (None, model["lm"]["heads"])
+    model["lm"].update(vocab=vocab, dim=64, depth=2, heads=4, kv_heads=2 if grouped else None, head_dim=None, mlp=128)
+    for front_end in media.values():
+        _shrink(front_end.get("image", front_end), sizes)
+        if "frames" in front_end:
+            front_end["frames"] = min(front_end["frames"], 4)
+    return VLMConfig.parse(dump)
+
+
+def tiny_side(side: int, patch: int) -> int:
+    """The side of a tiny picture: a quarter of the patches, odd where they were odd, with a rest where there was one."""
+    patches = side // patch
+    small = patches // QUARTER
+    small += (patches - small) % 2
+    return small * PATCH + (PATCH // 2 if side % patch else 0)
+
+
+def _shrink(image: dict[str, Any], sizes: dict[int, int]) -> None:
+    """Sizes of a picture front end, in place: its square, its shorter side, its tilings."""
+    side = image["size"]
+    if side not in sizes:
+        raise ConfigError(f"pictures of {side} pixels meet no encoder of that size; encoders: {sorted(sizes)}")
+    small = sizes[side]
+    image["size"] = small
+    if image.get("shortest_edge") is not None:
+        image["shortest_edge"] = max(small, image["shortest_edge"] * small // side)
+    if image.get("tiling"):
+        image["tiling"]["pinpoints"] = [[n // side * small for n in pair] for pair in image["tiling"]["pinpoints"]]
