@@ -78,7 +78,7 @@ class Spatial(Merge):
 
         type: str = "spatial"
         base: bool = True
-        max_pool: int | None = Field(None, ge=2)
+        max_pool: int | None = Field(default=None, ge=2)
 
         def count(self, layout: Layout, unit: Count) -> int:
             """N + rows · columns of the map; N where there are no tiles."""
@@ -118,7 +118,7 @@ class SpatialUnpad(Merge):
 
         type: str = "spatial_unpad"
         rounding: Literal["trunc", "round"] = "trunc"
-        max_tiles: int | None = Field(None, ge=1)
+        max_tiles: int | None = Field(default=None, ge=1)
         base: bool = True
 
         @property

@@ -58,7 +58,7 @@ class ImageFrontEnd(FrontEnd):
 
         type: str = "image"
         placeholder: str | None = "<image>"
-        size: int = Field(224, ge=1)
+        size: int = Field(default=224, ge=1)
         fit: Literal["crop", "pad", "squash"] = "crop"
         shortest_edge: int | None = None  # None: size
         crop_rounding: Literal["floor", "round"] = "floor"  # of half an odd margin; "round" is torchvision's CenterCrop
@@ -69,7 +69,7 @@ class ImageFrontEnd(FrontEnd):
         tiling: Tiling | None = None
         several: Literal["tile", "pad", "single"] = "tile"
         alpha: Alpha = "drop"
-        max_pixels: int = Field(PILLOW_LIMIT, ge=1, le=PILLOW_LIMIT)
+        max_pixels: int = Field(default=PILLOW_LIMIT, ge=1, le=PILLOW_LIMIT)
         draft: bool = False  # let the JPEG decoder shrink large pictures: faster, but other pixels
 
         def model_post_init(self, context: Any) -> None:

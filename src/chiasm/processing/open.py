@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -68,7 +68,7 @@ def open_picture(
             image.load()
         except Exception as error:  # a decoder may raise anything at broken data
             raise DataError(
-                f"{place}: picture {name} cannot be decoded ({_reason(error)}); it is truncated or damaged: "
+                f"{place}: picture {name} cannot be decoded ({reason(error)}); it is truncated or damaged: "
                 "restore the file or leave the sample out"
             ) from None
         return _rgb(_upright(image), alpha, f"{place}: picture {name}")
@@ -92,14 +92,9 @@ def _opened(data: Any, place: Place, max_pixels: int) -> Iterator[tuple[Pillow.I
         yield _from_bytes(bytes(data), f"({len(data)} bytes)", place, max_pixels)
     elif isinstance(data, str) and data[:5].lower() == "data:":
         yield _from_bytes(_data_url(data, place), f"({_short(data, 40)})", place, max_pixels)
-    elif isinstance(data, str) and "://" in data[:16]:
-        raise DataError(
-            f"{place}: picture {_short(data)!r} is an address, and pictures are not fetched from the network; "
-            "download it and give the path or the bytes"
-        )
     elif isinstance(data, (str, Path)):
         name = repr(_short(str(data)))
-        with _file(data, name, place) as stream:
+        with open_file(data, place, "picture") as stream:
             yield _checked(_header(stream, name, place, max_pixels), name, place, max_pixels)
     elif hasattr(data, "__array__"):
         yield _from_array(np.asarray(data), place, max_pixels)
@@ -111,20 +106,24 @@ def _opened(data: Any, place: Place, max_pixels: int) -> Iterator[tuple[Pillow.I
 
 
 @contextmanager
-def _file(path: str | Path, name: str, place: Place) -> Iterator[Any]:
+def open_file(path: str | Path, place: Place, noun: str) -> Iterator[BinaryIO]:
+    """A regular file that is not empty, open for reading; ``noun`` ("picture") is for the error. Raises DataError."""
+    what = f"{place}: {noun} {_short(str(path))!r}"
+    if isinstance(path, str) and "://" in path[:16]:
+        raise DataError(f"{what} is an address, and nothing is fetched from the network; download it and give the path")
     try:
         status = Path(path).stat()
         if stat.S_ISDIR(status.st_mode):
-            raise DataError(f"{place}: picture {name} is a directory; give the path of one file")
+            raise DataError(f"{what} is a directory; give the path of one file")
         if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{place}: picture {name} is not a regular file; give the path of one file")
+            raise DataError(f"{what} is not a regular file; give the path of one file")
         if status.st_size == 0:
-            raise DataError(f"{place}: picture {name} has 0 bytes; restore the file or leave the sample out")
+            raise DataError(f"{what} has 0 bytes; restore the file or leave the sample out")
         stream = open(path, "rb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        raise DataError(f"{place}: picture {name} does not exist; check the path and the folder of pictures") from None
+        raise DataError(f"{what} does not exist; check the path and the folder it should be in") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{place}: picture {name} cannot be read ({_reason(error)}); check the path") from None
+        raise DataError(f"{what} cannot be read ({reason(error)}); check the path") from None
     with stream:
         yield stream
 
@@ -159,12 +158,12 @@ def _header(stream: Any, name: str, place: Place, max_pixels: int) -> Pillow.Ima
     except Pillow.DecompressionBombError as error:
         limit = min(max_pixels, PILLOW_LIMIT)
         raise DataError(
-            f"{place}: picture {name} is above the limit of {limit:,} pixels ({_reason(error)}); "
+            f"{place}: picture {name} is above the limit of {limit:,} pixels ({reason(error)}); "
             "shrink the picture or leave the sample out"
         ) from None
     except Exception as error:  # a header parser may raise anything at broken data
         raise DataError(
-            f"{place}: picture {name} is not a picture that can be opened ({_reason(error)}); formats: "
+            f"{place}: picture {name} is not a picture that can be opened ({reason(error)}); formats: "
             f"{', '.join(_formats())}. Convert the file or leave the sample out"
         ) from None
 
@@ -191,7 +190,7 @@ def _data_url(url: str, place: Place) -> bytes:
         return unquote_to_bytes(body)
     except (ValueError, binascii.Error) as error:
         raise DataError(
-            f"{place}: data URL {_short(url, 40)!r} cannot be read ({_reason(error)}); "
+            f"{place}: data URL {_short(url, 40)!r} cannot be read ({reason(error)}); "
             "expected data:image/png;base64,..."
         ) from None
 
@@ -244,7 +243,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Pillow.OPEN)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What an error of a library says, in one line of at most 160 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return _short(text, 160)
 
