@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
-    """Overwrite every parameter and running statistic with ``scale · (normal ± 0.5)``; vectors of norms stay near one."""
+    """Overwrite every parameter and buffer with ``scale · (normal ± 0.5)``; the weights of norms stay near one."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():

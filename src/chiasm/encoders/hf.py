@@ -146,7 +146,7 @@ def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
     values = {k: v for k, v in config.items() if k != "model_type"}
     try:
         whole = transformers.AutoConfig.for_model(config["model_type"], **values)
-    except (KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # transformers raises errors of several unrelated classes here
         raise ConfigError(
             f"hf encoder: transformers {transformers.__version__} refuses this configuration: {error}"
         ) from None
