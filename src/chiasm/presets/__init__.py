@@ -20,8 +20,8 @@ __all__ = ["Preset", "llava", "llava_next", "llava_onevision", "preset", "preset
 def preset(name: str, tiny: bool = False, vocab: int = VOCAB) -> VLMConfig:
     """The configuration of a published system, at published size or as its tiny form for a vocabulary of ``vocab``.
 
-    ``name`` may also be ``"package.module:function"``, a function that returns a ``VLMConfig``. Raises RegistryError that
-    says which names are near.
+    ``name`` may also be ``"package.module:function"``, a function that returns a ``VLMConfig``. Raises RegistryError,
+    which says what names are near.
     """
     entry = registry.get("preset", name)
     config = entry.config() if isinstance(entry, Preset) else entry()

@@ -1,7 +1,7 @@
 """LLaVA-1, LLaVA-1.5 and LLaVA-1.5-HD: a CLIP tower, a small connector, a Vicuna.
 
-Papers: Visual Instruction Tuning (arXiv:2304.08485); Improved Baselines with Visual Instruction Tuning (arXiv:2310.03744).
-Reference: haotian-liu/LLaVA c121f04.
+Papers: Visual Instruction Tuning (arXiv:2304.08485); Improved Baselines with Visual Instruction Tuning
+(arXiv:2310.03744). Reference: haotian-liu/LLaVA c121f04.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ VICUNA = CLIP_LICENCE | {"language model": "Llama 2 Community License (Vicuna v1
 LCS_558K = "LCS-558K: pictures of LAION, CC and SBU with BLIP captions"
 SLOTS = "A picture's slots are counted and laid out before the model runs; the authors splice inside the model."
 DUMMY = "A sample without a picture needs no dummy picture."
-CUT = "A conversation beyond the maximal length is never cut inside a picture; the authors cut at the right, whatever stands there."
+CUT = "A conversation that is too long is never cut inside a picture; the authors cut at the right, whatever it hits."
 MASK = (
-    "The loss mask is made while the conversation is rendered. The authors search the text afterwards, and drop a whole "
-    "sample (all labels masked) where the search disagrees with the tokenizer."
+    "The loss mask is made while the conversation is rendered. The authors search the text afterwards, and drop a "
+    "whole sample (all labels masked) where the search disagrees with the tokenizer."
 )
 SHARED = (SLOTS, DUMMY, CUT, MASK)
 
@@ -56,10 +56,10 @@ LLAVA_1 = System(
     ),
     differences=(
         *SHARED,
-        "The first release spelled a picture as 256 added tokens between two others, and so had 32003 or 32004 rows of "
-        "vocabulary. The preset takes the form of release 1.0.0, which splices: 32000 rows, nothing added.",
-        "The authors train on one form of the v0 prompt (line breaks after the turns) and infer with another (none). Here one "
-        "template serves both: the second, ``llava_v0``; ``processing.template=v0_train`` gives the first.",
+        "The first release spelled a picture as 256 added tokens between two others, and so had 32003 or 32004 rows "
+        "of vocabulary. The preset takes the form of release 1.0.0, which splices: 32000 rows, nothing added.",
+        "The authors train on one form of the v0 prompt (line breaks after the turns) and infer with another (none). "
+        "Here one template serves both: the second, ``llava_v0``; ``processing.template=v0_train`` gives the first.",
         "The authors' mask of the v0 prompt leaves two tokens of each human turn, and drifts by one token a turn. "
         "Here answers are learned from, and nothing else.",
     ),
@@ -97,7 +97,8 @@ LLAVA_15 = System(
     ),
     differences=(
         *SHARED,
-        "Both stages pad pictures to a square. The authors' script of the first stage sets no aspect ratio, and so crops.",
+        "Both stages pad pictures to a square. The authors' script of the first stage sets no aspect ratio, and so "
+        "crops.",
     ),
 )
 
@@ -110,10 +111,10 @@ LLAVA_15_HD = System(
     stages=LLAVA_15.stages,
     differences=SHARED,
     choices=(
-        "Grids: 1x1 to 1x6, 2x2, 2x3 and their transposes, of tiles of 224 pixels: all grids of at most six tiles that the "
-        "paper allows. Of equally good grids the first in that order wins.",
-        "Tiles are laid out, unpadded and ended by a row vector exactly as LLaVA-NeXT's code does, which is the published "
-        "successor of the idea; the low-resolution picture comes first, stretched, as there.",
+        "Grids: 1x1 to 1x6, 2x2, 2x3 and their transposes, of tiles of 224 pixels: all grids of at most six tiles "
+        "that the paper allows. Of equally good grids the first in that order wins.",
+        "Tiles are laid out, unpadded and ended by a row vector exactly as LLaVA-NeXT's code does, which is the "
+        "published successor of the idea; the low-resolution picture comes first, stretched, as there.",
         "The recipe is that of LLaVA-1.5; the paper gives no other.",
     ),
 )

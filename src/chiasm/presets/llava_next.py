@@ -10,7 +10,7 @@ from __future__ import annotations
 from chiasm.encoders.vit import siglip_so400m_14_384_26
 from chiasm.model_config import VLMConfig
 from chiasm.presets.llava import LCS_558K, SHARED, VICUNA, llava_15_7b
-from chiasm.presets.lms import hermes_2_yi_34b, llama3_8b, mistral_7b_v02, qwen15_7b, qwen15_05b, vicuna_7b, vicuna_13b
+from chiasm.presets.lms import hermes_2_yi_34b, llama3_8b, mistral_7b_v02, qwen15_05b, qwen15_7b, vicuna_7b, vicuna_13b
 from chiasm.presets.record import CLIP_LICENCE, SIGLIP_LICENCE, Stage, System, published
 
 NEXT_CODE = "LLaVA-VL/LLaVA-NeXT, df17966"
@@ -22,8 +22,9 @@ CLIP_336 = "openai/clip-vit-large-patch14-336"
 SIGLIP = "google/siglip-so400m-patch14-384"
 FALLBACK = "A grid that does not fit the features is an error; the authors' later code falls back to 2 x 2 tiles."
 QWEN_MASK = (
-    "The authors' mask for Qwen prompts also learns every newline and turn marker of the system and user turns. Here the answers "
-    "are learned from, with the marker that ends them; ``processing.template.loss=llava_qwen`` gives the authors' mask."
+    "The authors' mask for Qwen prompts also learns every newline and turn marker of the system and user turns. Here "
+    "the answers are learned from, with the marker that ends them; ``processing.template.loss=llava_qwen`` gives the "
+    "authors' mask."
 )
 
 ALIGN = Stage(
@@ -89,13 +90,13 @@ NEXT_VIDEO = System(
     differences=(
         *SHARED,
         FALLBACK,
-        "The authors stretch the rotary positions by the number of frames at hand. The preset fixes the factor at 2.5, as the "
-        "transformers checkpoint does: enough for 32 frames and the words around them.",
+        "The authors stretch the rotary positions by the number of frames at hand. The preset fixes the factor at "
+        "2.5, as the transformers checkpoint does: enough for 32 frames and the words around them.",
     ),
     choices=(
-        "Frames are averaged over 2 x 2 patches *before* the connector, as in the release of April 2024 and in transformers. "
-        "The authors' present code pools after it, which gives other numbers: two layers with an activation do not commute "
-        "with an average.",
+        "Frames are averaged over 2 x 2 patches *before* the connector, as in the release of April 2024 and in "
+        "transformers. The authors' present code pools after it, which gives other numbers: two layers with an "
+        "activation do not commute with an average.",
     ),
 )
 
@@ -211,8 +212,8 @@ def llava_next_hermes_34b() -> VLMConfig:
     transformers=(8_355_276_800, 128320),
     licences=CLIP_LICENCE | {"language model": "Meta Llama 3 Community License"},
     notes=(
-        "The authors' padding token for Llama 3 has the id of '!', so their training text loses its exclamation marks; "
-        "padding here is no token of the text.",
+        "The authors' padding token for Llama 3 has the id of '!', so their training text loses its exclamation "
+        "marks; padding here is no token of the text.",
     ),
 )
 def llava_next_llama3_8b() -> VLMConfig:

@@ -17,7 +17,7 @@ from chiasm.presets.llava_next import (
     TOWER,
     llava_next_interleave_7b,
 )
-from chiasm.presets.lms import qwen2_7b, qwen2_05b, qwen2_72b
+from chiasm.presets.lms import qwen2_05b, qwen2_7b, qwen2_72b
 from chiasm.presets.record import SIGLIP_LICENCE, Stage, System, published
 from chiasm.processing.tiling import pinpoints
 

@@ -1,7 +1,7 @@
 """The language models that published systems start from, at published size.
 
-Widths are those of the models' own ``config.json``; ``tests/contracts/test_presets.py`` compares the number of parameters
-with the class of transformers built from them.
+Widths are those of the models' own ``config.json``; ``tests/contracts/test_presets.py`` compares the number of
+parameters with the class of transformers built from them.
 """
 
 from __future__ import annotations

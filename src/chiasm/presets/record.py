@@ -1,7 +1,7 @@
 """What is known about a published system: its paper, its recipe, its size, and where this package departs from it.
 
-A preset is a plain function that returns a ``VLMConfig``, usually by editing another preset. ``published`` enters it in the
-registry together with this record; nothing here changes what a model computes, everything here is printed on its page.
+A preset is a plain function that returns a ``VLMConfig``, usually by editing another preset. ``published`` enters it in
+the registry together with this record; nothing here changes what a model computes, everything is printed on its page.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SIGLIP_LICENCE = {"code": "Apache-2.0", "image encoder": "Apache-2.0 (SigLIP)"}
 class Stage:
     """One stage of training, as published.
 
-    ``data`` names data sets with their sizes. ``trains`` holds name patterns of the parameters that learn, over the names a
-    model of this package has (``connectors.*``, ``lm.*``, ``encoders.*``, ``newline``); ``rates`` gives patterns a learning
-    rate of their own. ``batch`` counts conversations over all devices. ``source`` says where the numbers stand; None among
-    them means that the authors published none.
+    ``data`` names data sets with their sizes. ``trains`` holds patterns over the names of the parameters that learn
+    (``connectors.*``, ``lm.*``, ``encoders.*``, ``newline``); ``rates`` gives patterns a learning rate of their own.
+    ``batch`` counts conversations over all devices. ``source`` says where the numbers stand; None among them means that
+    the authors published none.
     """
 
     name: str

@@ -6,6 +6,7 @@ templates); every option that says *how large* they are is made small, widths an
 
 from __future__ import annotations
 
+from typing import Any
 
 from chiasm.errors import ConfigError
 from chiasm.model_config import VLMConfig
@@ -39,7 +40,7 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
 
 
 def tiny_side(side: int, patch: int) -> int:
-    """The side of a tiny picture: a quarter of the patches, odd where they were odd, with a rest where there was one."""
+    """Pixels of a tiny picture's side: a quarter of the patches, odd where they were odd, and a rest where one was."""
     patches = side // patch
     small = patches // QUARTER
     small += (patches - small) % 2
