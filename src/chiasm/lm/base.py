@@ -1,4 +1,4 @@
-"""The language-model contract: vectors and positions in, hidden states out; the head runs only where it is asked for."""
+"""The language-model contract: vectors and positions in, hidden states out; the head runs only where asked for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class LM(nn.Module):
     Config: type[LMConfig] = LMConfig
     dim: int
     vocab: int
+    max_positions: int | None = None  # None: no limit
     encoder_decoder = False
+    start_id: int | None = None  # encoder-decoder only: the id a decoder begins with
 
     def embed(self, ids: Tensor) -> Tensor:
         """``ids [B, T]`` → ``[B, T, D]``."""
@@ -38,7 +40,7 @@ class LM(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, segments: Tensor, cache: Any = None, cross: Cross | None = None
     ) -> Tensor:
-        """``x [B, T, D]``, ``positions [B, T]``, ``segments [B, T]`` → final hidden states ``[B, T, D]`` (after the last norm)."""
+        """``x [B, T, D]``, ``positions``, ``segments`` ``[B, T]`` → hidden states ``[B, T, D]`` after the last norm."""
         raise NotImplementedError
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -48,6 +50,10 @@ class LM(nn.Module):
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> Any:
         """Room for ``capacity`` positions of ``batch`` rows."""
         raise NotImplementedError
+
+    def steady(self, shortest: int, longest: int) -> bool:
+        """Whether a cache filled at ``shortest`` positions still holds at ``longest``: frequencies may change."""
+        return True
 
     def encode(self, x: Tensor, segments: Tensor) -> Tensor:
         """Encoder-decoder only: ``x [B, T, D]`` → memory ``[B, T, D]``."""

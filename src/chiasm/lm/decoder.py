@@ -134,7 +134,7 @@ class Decoder(LM):
         return F.linear(hidden, weight)  # [..., V]
 
     def steady(self, shortest: int, longest: int) -> bool:
-        """Whether a cache filled at ``shortest`` positions still holds at ``longest``: frequencies may change between."""
+        """Whether a cache filled at ``shortest`` positions still holds at ``longest``: frequencies may change."""
         return self.rope.steady(shortest, longest)
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KVCache:

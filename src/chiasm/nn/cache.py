@@ -52,7 +52,7 @@ class KVCache:
         return self._positions[:, : self.length]
 
     def advance(self, segments: Tensor, positions: Tensor) -> None:
-        """Take the next ``T`` columns for ``segments``, ``positions`` ``[B, T]``. Raises DataError when they don't fit."""
+        """Take the next ``T`` columns for ``segments``, ``positions`` ``[B, T]``. Raises DataError when full."""
         rows, t = segments.shape
         if rows != self.batch:
             raise DataError(f"the cache holds {self.batch} rows, {rows} were given: reorder it first or make a new one")
