@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from chiasm.convert import maps
+from chiasm.convert.engine import load_weights
+from chiasm.convert.io import Loaded
 from chiasm.encoders import vit
 from chiasm.encoders.vit import ViT
 from chiasm.nn.positions import sincos
@@ -162,6 +165,21 @@ def test_sincos_positions():
                 f(place / 10000 ** (i / 4)) for place in (column, row) for f in (math.sin, math.cos) for i in range(4)
             ]
             torch.testing.assert_close(found[row, column], torch.tensor(waves), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_maps_of_convert_name_the_same_tensors(name: str):
+    """The package's own maps fill the tower exactly as the key map above does."""
+    case = CASES[name]()
+    randomise(case.theirs)
+    model = ours(case)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    rules = {"vit": maps.vit, "clip": maps.clip_vit, "siglip": maps.siglip_vit}[name]()
+    load_weights(model, Loaded("tiny", case.theirs.state_dict()), rules)
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
 PUBLISHED = {
