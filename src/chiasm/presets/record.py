@@ -123,7 +123,9 @@ def published(
     """Decorator that enters a preset function and its record under ``name``. Raises RegistryError where it is taken."""
 
     def enter(function: Function) -> Function:
-        counted_by = counted or f"the authors' layout, built by transformers on the meta device: {parameters:,}"
+        counted_by = (
+            counted or "transformers' class of this system, built on the meta device with the authors' vocabulary"
+        )
         register("preset", name)(
             Preset(name, function, system, base, parameters, counted_by, licences, transformers, notes)
         )

@@ -1,0 +1,150 @@
+"""A configuration taken apart: its parts with their sizes, the way of a picture with its shapes, its token counts.
+
+Nothing here is typed in: sizes are counted on a model built on the meta device (shapes without memory), shapes are
+those that this model gives, and tokens are what the processor will count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image as Pillow
+
+from chiasm import registry
+from chiasm.compose import build_model
+from chiasm.config import Config
+from chiasm.errors import ConfigError
+from chiasm.fusion.base import Fusion
+from chiasm.model_config import VLMConfig
+from chiasm.processing.base import Place
+from chiasm.types import Image, Layout, Media, MediaBatch, Video
+
+PICTURE = (640, 480)  # width and height in pixels
+SIZES = ((640, 480), (320, 240), (336, 336), (672, 672), (1000, 300), (300, 1000), (1920, 1080), (4000, 3000))
+FRAMES = 300  # of the example clip
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """A part of a model: its place, registered type, options that differ from the type's own, and parameters."""
+
+    place: str
+    type: str
+    options: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on the way from a medium to logits; ``shape`` holds numbers, and ``n`` for the number of text tokens."""
+
+    what: str
+    shape: tuple[int | str, ...]
+
+
+def parts(config: VLMConfig, model: Fusion | None = None) -> list[PartRow]:
+    """The parts of a model in the order they run. ``model`` spares building it on the meta device."""
+    model = model or build_model(config.model, device="meta")
+    sizes: dict[str, int] = {}
+    places = {f"{kind}.{name}" for kind in ("encoders", "connectors") for name in getattr(config.model, kind, {})}
+    for name, parameter in model.named_parameters():
+        place = next((p for p in places if name.startswith(p + ".")), name.partition(".")[0])
+        sizes[place] = sizes.get(place, 0) + parameter.numel()
+    rows = [_row(place, _at(config.model, place), sizes.pop(place, 0)) for place in sorted(places, reverse=True)]
+    rows.append(_row("lm", config.model.lm, sizes.pop("lm", 0)))
+    return rows + [
+        PartRow(place, "", "one learned vector" if place == "newline" else "", n) for place, n in sizes.items()
+    ]
+
+
+def flow(
+    config: VLMConfig, kind: str = "image", picture: tuple[int, int] = PICTURE, model: Fusion | None = None
+) -> list[Step]:
+    """The way of one picture of (width, height), or of one clip of such frames, to the logits of the next token."""
+    model = model or build_model(config.model, device="meta")
+    layout = layout_of(config, kind, picture)
+    stream = config.model.stream(kind)
+    named: dict[str, Any] = {}
+    count = config.count(kind, layout)
+    units = torch.empty(layout.units, *layout.shape, device="meta")
+    slots = torch.arange(count, device="meta")
+    model.encode(kind, MediaBatch(units, [layout], slots, [count], [0]), ["example"], named)
+    connector = f"connectors.{stream.connector} ({config.model.connectors[stream.connector].type})"
+    features = named[f"{kind}/features"]
+    steps = [Step(_unit_words(config, kind, layout), tuple(units.shape))]
+    for name, tokens in (features if isinstance(features, dict) else {stream.encoders[0]: features}).items():
+        steps.append(Step(f"encoders.{name} ({config.model.encoders[name].type})", tuple(tokens.x.shape)))
+    pooled = f"{stream.pool.mode} pooling by {stream.pool.stride}" if stream.pool else ""
+    if pooled and stream.pool_at == "before":
+        connector = f"{pooled}, then {connector}"
+    projected = named[f"{kind}/projected"].x
+    steps.append(Step(connector, tuple(projected.shape)))
+    if pooled and stream.pool_at == "after":
+        inner = config.model.unit_count(kind, layout.shape).tokens
+        steps.append(Step(pooled, (projected.shape[0], inner, projected.shape[2])))
+    (merged,) = named[f"{kind}/merged"]
+    width, vocab = config.model.lm.dim, config.model.lm.vocab
+    steps.append(Step(f"merge {stream.merge.type}", tuple(merged.shape)))
+    steps.append(Step("in the slots among n tokens of text", (1, f"n + {count}", width)))
+    steps.append(Step(f"lm ({config.model.lm.type})", (1, f"n + {count}", width)))
+    return [*steps, Step("head, at the last position", (1, vocab))]
+
+
+def count_tokens(config: VLMConfig, kind: str, picture: tuple[int, int], of: int = 1) -> int:
+    """Tokens of one of ``of`` pictures of (width, height), or of a clip of such frames."""
+    return config.count(kind, layout_of(config, kind, picture, of))
+
+
+def layout_of(config: VLMConfig, kind: str, picture: tuple[int, int], of: int = 1) -> Layout:
+    """How a picture of (width, height), or a clip of such frames, is cut into units. Raises ConfigError."""
+    if kind not in config.processing.media:
+        raise ConfigError(f"this model takes no {kind}; it takes {', '.join(config.processing.media)}")
+    settings = config.processing.media[kind]
+    front_end = registry.get("front_end", settings.type)(settings)
+    blank = Pillow.new("L", picture)
+    medium: Media = Video([blank] * FRAMES, fps=30.0) if kind == "video" else Image(blank)
+    place = Place("example", 0, of)
+    return front_end.layout(medium, place) if hasattr(front_end, "layout") else front_end(medium, place).layout
+
+
+def options(config: Config) -> str:
+    """The options of a part that differ from its type's defaults: ``dim 1024, depth 24, …``."""
+    found = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name == "type" or value == field.default or isinstance(value, (dict, tuple, list)):
+            continue
+        if isinstance(value, Config):
+            value = "(" + ", ".join(f"{k} {v}" for k, v in value.model_dump(exclude_defaults=True).items()) + ")"
+        found.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(found)
+
+
+def _row(place: str, config: Any, parameters: int) -> PartRow:
+    return PartRow(place, config.type, options(config), parameters)
+
+
+def _at(config: Any, place: str) -> Any:
+    kind, _, name = place.partition(".")
+    return getattr(config, kind)[name]
+
+
+def _unit_words(config: VLMConfig, kind: str, layout: Layout) -> str:
+    """What the front end made of the medium, in words."""
+    settings = config.processing.media[kind]
+    if kind == "video":
+        return f"{layout.units} frames of {FRAMES}, {_fit_words(settings.image)}"
+    if layout.grid == (0, 0):
+        return _fit_words(settings) if hasattr(settings, "fit") else settings.type
+    rows, columns = layout.grid
+    return f"whole picture stretched, and {columns} x {rows} tiles of it"
+
+
+def _fit_words(image: Any) -> str:
+    return {
+        "crop": "shorter side resized, centre cut out",
+        "pad": "padded to a square, resized",
+        "squash": "stretched to a square",
+    }[image.fit]

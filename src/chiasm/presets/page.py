@@ -1,0 +1,222 @@
+"""The pages of docs/presets, and what ``chiasm show`` prints.
+
+    python -m chiasm.presets.page docs/presets      # what ``make docs`` runs
+
+Every number on a page is computed from the configuration (``anatomy``) or stands in the preset's record.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from chiasm.compose import build_model
+from chiasm.model_config import VLMConfig
+from chiasm.presets import preset, presets
+from chiasm.presets.anatomy import FRAMES, PICTURE, SIZES, Step, count_tokens, flow, parts
+from chiasm.presets.record import Preset, Stage
+
+MADE = "<!-- Made by `make docs` from src/chiasm/presets. Change it there. -->"
+
+
+# ------------------------------------------------------------------------------------------------------ chiasm show
+
+
+def describe(config: VLMConfig) -> str:
+    """Parts, sizes, the way of a 640 x 480 picture and token counts of any configuration, for a terminal."""
+    model = build_model(config.model, device="meta")
+    rows = parts(config, model)
+    table = [(row.place, row.type, f"{row.parameters:,}", row.options) for row in rows]
+    table.append(("total", "", f"{sum(row.parameters for row in rows):,}", ""))
+    lines = [config.provenance.preset or config.model.type, config.provenance.paper or "", ""]
+    lines += columns(("part", "type", "parameters", "options"), table, right={2})
+    for kind in config.processing.media:
+        lines += ["", _opening(kind), *diagram(flow(config, kind, model=model))]
+        if kind == "image":
+            lines += ["", "tokens of a picture, by width x height in pixels"]
+            lines += columns(
+                ("picture", "tokens"), [(f"{w} x {h}", str(n)) for (w, h), n in _counts(config)], right={1}
+            )
+    if config.provenance.licences:
+        lines += ["", "licences"] + [f"  {part}: {words}" for part, words in config.provenance.licences.items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: set[int] | None = None) -> list[str]:
+    """Lines of a plain table; the columns numbered in ``right`` are set to the right."""
+    cells = [list(head), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    side = [str.rjust if i in (right or ()) else str.ljust for i in range(len(head))]
+    return ["  " + "  ".join(side[i](row[i], widths[i]) for i in range(len(head))) for row in cells]
+
+
+def diagram(steps: Sequence[Step]) -> list[str]:
+    """The steps under each other, with the shape each leaves behind."""
+    width = max(len(step.what) for step in steps)
+    marks = ["│"] * (len(steps) - 1) + ["▼"]
+    shapes = ["[" + ", ".join(map(str, step.shape)) + "]" for step in steps]
+    return [f"  {mark}  {step.what.ljust(width)}   {shape}" for mark, step, shape in zip(marks, steps, shapes)]
+
+
+# ------------------------------------------------------------------------------------------------------ pages
+
+
+def page(record: Preset) -> str:
+    """The page of one preset, in Markdown."""
+    config = record.config()
+    model = build_model(config.model, device="meta")
+    rows = parts(config, model)
+    total = sum(row.parameters for row in rows)
+    tiny = sum(row.parameters for row in parts(preset(record.name, tiny=True)))
+    blocks = [
+        f"# {record.name}",
+        MADE,
+        record.function.__doc__ or "",
+        f"**Paper**: {_linked(record)}. **Released**: {record.system.released}. "
+        f"**Reference**: {record.system.reference}.",
+        f"```python\nconfig = chiasm.preset({record.name!r})              # {total:,} parameters\n"
+        f"config = chiasm.preset({record.name!r}, tiny=True)   # the same structure, {tiny:,} parameters\n```",
+        "## Parts",
+        _table(
+            ("part", "type", "parameters", "options that differ from the type's own"),
+            [
+                *((f"`{row.place}`", row.type, f"{row.parameters:,}", row.options) for row in rows),
+                ("**all**", "", f"**{total:,}**", ""),
+            ],
+        ),
+        "## From a picture to the next word",
+        *(
+            f"{_opening(kind)}:\n\n```\n" + "\n".join(diagram(flow(config, kind, model=model))) + "\n```"
+            for kind in config.processing.media
+        ),
+        "## Tokens",
+        _tokens(config),
+        "## Prompt",
+        f"Template `{_template(config)}`; at most {config.processing.max_length:,} tokens.",
+        "## Recipe",
+        _table(("", *(stage.name for stage in record.stages)), _recipe(record.stages)),
+        "Starts from " + "; ".join(f"`{place}`: {name}" for place, name in record.base.items()) + ".",
+        *_list("## Notes", record.notes),
+        *_list("## Differences by design", record.differences),
+        *_list("## Choices where the publication is open", record.system.choices),
+        *_list("## What was verified, and how", (_counted(record, total), *record.verified)),
+        *_list("## Licences", [f"{part}: {words}" for part, words in record.licences.items()]),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def index(records: Sequence[Preset]) -> str:
+    """The table of all presets, in Markdown."""
+    rows = []
+    for record in records:
+        config = record.config()
+        total = sum(row.parameters for row in parts(config))
+        video = count_tokens(config, "video", PICTURE) if "video" in config.processing.media else None
+        rows.append(
+            (
+                f"[{record.name}]({record.name}.md)",
+                record.family,
+                f"{total:,}",
+                str(count_tokens(config, "image", PICTURE)),
+                f"{video} ({config.processing.media['video'].frames} frames)" if video else "",
+                record.paper,
+            )
+        )
+    head = ("preset", "system", "parameters", "tokens of 640 x 480", "of a clip", "paper")
+    words = (
+        "A preset is a published system as a configuration. `chiasm show NAME` prints what stands on its page, "
+        "`chiasm.preset(NAME)` returns it, and `tiny=True` gives a small form with the same structure."
+    )
+    return "\n\n".join(["# Presets", MADE, words, _table(head, rows)]) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """File name → text of every page and of the index."""
+    records = presets()
+    return {f"{record.name}.md": page(record) for record in records} | {"README.md": index(records)}
+
+
+def _opening(kind: str) -> str:
+    size = f"{PICTURE[0]} x {PICTURE[1]}"
+    return f"A clip of {FRAMES} frames of {size} pixels" if kind == "video" else f"A picture of {size} pixels"
+
+
+def _counts(config: VLMConfig) -> list[tuple[tuple[int, int], int]]:
+    return [(size, count_tokens(config, "image", size)) for size in SIZES]
+
+
+def _tokens(config: VLMConfig) -> str:
+    """Tokens by size of the picture; the two columns are equal where nothing depends on the number of pictures."""
+    head = ("picture, width x height", "tokens alone", "tokens each, with another")
+    rows = [(f"{w} x {h}", str(n), str(count_tokens(config, "image", (w, h), of=2))) for (w, h), n in _counts(config)]
+    return _table(head, rows)
+
+
+def _template(config: VLMConfig) -> str:
+    """The name under which the template is published, where it has one."""
+    from chiasm.processing.templates import TEMPLATES
+
+    return next((name for name, data in TEMPLATES.items() if data == config.processing.template), "of its own")
+
+
+def _recipe(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
+    def row(name: str, *cells: str) -> tuple[str, ...]:
+        return (f"**{name}**", *cells)
+
+    def known(value: float | None, form: str = "g") -> str:
+        return "not published" if value is None else format(value, form)
+
+    return [
+        row("data", *("<br>".join(s.data) for s in stages)),
+        row("learns", *(", ".join(f"`{p}`" for p in s.trains) for s in stages)),
+        row("learning rate", *(known(s.lr) for s in stages)),
+        row("rates of their own", *(", ".join(f"`{p}` {r:g}" for p, r in s.rates.items()) or "none" for s in stages)),
+        row("schedule", *(f"{s.schedule} to 0 after {s.warmup:.0%} warm-up" for s in stages)),
+        row("batch", *(known(s.batch) for s in stages)),
+        row("epochs", *(known(s.epochs) for s in stages)),
+        row("maximal length", *(known(s.max_length) for s in stages)),
+        row("template", *(f"`{s.template}`" if " " not in s.template else s.template for s in stages)),
+        row("weight decay", *(known(s.weight_decay) for s in stages)),
+        row("stands in", *(s.source for s in stages)),
+    ]
+
+
+def _counted(record: Preset, total: int) -> str:
+    """The line on parameters, in which ``total`` is what was built just now."""
+    words = f"Parameters: {total:,} built here, {record.parameters:,} expected: {record.counted}."
+    if record.transformers:
+        number, rows = record.transformers
+        words += f" The checkpoint in the transformers layout has {number:,}, with {rows:,} rows of vocabulary."
+    return words + " `tests/contracts/test_presets.py`"
+
+
+def _linked(record: Preset) -> str:
+    link = record.system.link or (f"https://arxiv.org/abs/{record.system.arxiv}" if record.system.arxiv else None)
+    return f"[{record.paper}]({link})" if link else record.paper
+
+
+def _list(title: str, lines: Iterable[str]) -> list[str]:
+    found = [f"* {line}" for line in lines]
+    return [title, "\n".join(found)] if found else []
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(folder: str) -> None:
+    """Writes every page to ``folder`` and removes pages of presets that are no more."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    texts = pages()
+    for old in {p.name for p in place.glob("*.md")} - texts.keys():
+        (place / old).unlink()
+    for name, text in texts.items():
+        (place / name).write_text(text, encoding="utf-8")
+    print(f"{len(texts)} pages in {place}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "docs/presets")
