@@ -114,6 +114,34 @@ class Message:
         return tuple(p for p in self.parts if isinstance(p, Media))
 
 
+# --------------------------------------------------------------------------------------------------- a rendered conversation
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a rendered conversation: text of a user, a literal of the template, or a medium.
+
+    Only in a ``literal`` do control tokens count. ``train``: what overlaps this run is learned from. ``medium`` is the
+    index of a medium among all media of the conversation; ``text`` is then its placeholder token, or empty.
+    """
+
+    text: str = ""
+    literal: bool = False
+    train: bool = False
+    medium: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The tokens of some pieces. Token ``i`` overlaps the pieces ``spans[i][0] .. spans[i][1]`` (both included).
+
+    A medium is exactly one token whose id is that of its placeholder, or -1 where the tokenizer has none.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
 # --------------------------------------------------------------------------------------------------- tensors of a sample
 
 

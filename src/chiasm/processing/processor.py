@@ -1,0 +1,370 @@
+"""The processor: conversations in, samples and batches out. The one renderer of training, evaluation, chat and serving.
+
+A medium is opened by the front end of its kind, its tokens are counted before any model runs, its one placeholder becomes
+that many ids, and their places are its slots. What is learned from is marked while the conversation is rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import BeforeValidator
+
+from chiasm import registry
+from chiasm.config import Config, PartConfig, part
+from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.processing.base import Counter, FrontEnd, Place
+from chiasm.processing.box import BoxFormat
+from chiasm.processing.collate import collate, pack
+from chiasm.processing.jinja import JinjaConfig, resolved
+from chiasm.processing.messages import parse
+from chiasm.processing.template import Template
+from chiasm.processing.templates import TEMPLATES
+from chiasm.types import Batch, Box, Encoding, MediaItem, Message, Piece, Sample, Text
+
+Conversation = Sequence[Message | Mapping[str, Any]]
+
+
+class TokenizerLike(Protocol):
+    """What the processor needs of a tokenizer."""
+
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    chat_template: Any
+    generation_stops: Any
+    tokens: Any
+    specials: Any
+    prefix: Any
+    suffix: Any
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> Encoding:
+        """The tokens of a rendered conversation."""
+        ...
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of some ids."""
+        ...
+
+    def token_of(self, index: int) -> str | None:
+        """The token of an id."""
+        ...
+
+
+def _template(values: Any) -> Any:
+    return TEMPLATES[values] if isinstance(values, str) and values in TEMPLATES else values
+
+
+class ProcessingConfig(Config):
+    """How conversations become samples.
+
+    ``template`` is the name of a published template or a template's own data; saved is the data. ``media`` names the front
+    end of each kind of media. ``target="decoder"`` puts the last answer on the decoder's side (encoder-decoder models).
+    """
+
+    template: Annotated[part("template"), BeforeValidator(_template)]  # type: ignore[valid-type]
+    media: dict[str, part("front_end")] = {}  # type: ignore[valid-type]
+    max_length: int | None = None  # tokens of a sample; longer ones lose their end, never a part of a medium
+    padding_side: Literal["right", "left"] = "right"
+    add_bos: bool | None = None  # None: as the tokenizer does
+    target: Literal["sequence", "decoder"] = "sequence"
+    decoder_start: str | None = None  # the token that opens the decoder's side; None: the padding token
+    box: BoxFormat = BoxFormat()
+    stop_strings: tuple[str, ...] = ()  # further strings that generation stops on
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One token of a sample, for inspection."""
+
+    position: int
+    id: int
+    text: str
+    trained: bool
+    medium: str | None  # "image 1" where the token is a slot of a medium
+
+
+class Processor:
+    """Renders conversations. ``counter(kind, layout)`` gives the number of tokens of a medium: ``model.config.count``."""
+
+    def __init__(self, config: ProcessingConfig, tokenizer: TokenizerLike, counter: Counter):
+        template = config.template
+        if isinstance(template, JinjaConfig):
+            template = resolved(template, tokenizer.chat_template)
+            config = config.model_copy(update={"template": template})
+        self.config, self.tokenizer, self.counter = config, tokenizer, counter
+        self.front_ends: dict[str, FrontEnd] = {
+            kind: registry.get("front_end", c.type)(c) for kind, c in config.media.items()
+        }
+        placeholders = {kind: c.placeholder or "" for kind, c in config.media.items()}
+        self.template: Template = self._make(template, placeholders)
+        self._end_ids, self._end_string = self._answer_end()
+        self._always = self._always_trained()
+        self.fill_id = next(i for i in (tokenizer.pad_id, tokenizer.unk_id, 0) if i is not None)
+
+    def _make(self, template: PartConfig, placeholders: dict[str, str]) -> Template:
+        cls = registry.get("template", template.type)
+        return cls(template, tokens=self.tokenizer.tokens, placeholders=placeholders)
+
+    def __reduce__(self) -> Any:
+        return Processor, (self.config, self.tokenizer, self.counter)
+
+    # ------------------------------------------------------------------------------------------------ one sample
+
+    def __call__(
+        self,
+        messages: Conversation,
+        id: str = "",
+        add_generation_prompt: bool = False,
+        train: bool = False,
+        max_length: int | None = None,
+    ) -> Sample:
+        """One conversation → ``Sample``: ``input_ids [T]``, ``loss_mask [T]``, media with slots.
+
+        Raises DataError that names the sample; ConfigError where ``train`` is asked of a template that ends answers with
+        nothing generation stops on.
+        """
+        if train:
+            self.check()
+        parsed = parse(messages, id)
+        items = self._open(parsed, id)
+        parsed = self._boxes(parsed, items, id)
+        if train:
+            _check_answers(parsed, id)
+        target = None
+        if self.config.target == "decoder" and parsed[-1].role == "assistant" and not add_generation_prompt:
+            target, parsed = self._target(parsed, id), parsed[:-1]
+            add_generation_prompt = True
+        pieces = self.template.render(parsed, add_generation_prompt, f"sample {id!r}")
+        sample = self._sample(id, pieces, items, target)
+        return self._cut(sample, max_length if max_length is not None else self.config.max_length, train)
+
+    def batch(
+        self,
+        conversations: Sequence[Conversation],
+        ids: Sequence[str] | None = None,
+        add_generation_prompt: bool = False,
+        train: bool = False,
+        padding_side: Literal["right", "left"] | None = None,
+        pack: bool = False,
+    ) -> Batch:
+        """Several conversations → ``Batch``, padded ``[B, T]`` or, with ``pack``, one after the other in one row."""
+        names = list(ids) if ids is not None else [str(i) for i in range(len(conversations))]
+        if len(names) != len(conversations):
+            raise DataError(f"{len(names)} ids for {len(conversations)} conversations; give one for each")
+        samples = [self(c, n, add_generation_prompt, train) for c, n in zip(conversations, names, strict=True)]
+        return self.collate(samples, padding_side, pack)
+
+    def collate(
+        self, samples: Sequence[Sample], padding_side: Literal["right", "left"] | None = None, packed: bool = False
+    ) -> Batch:
+        """Samples → ``Batch`` with this processor's padding."""
+        if packed:
+            return pack(samples, sum(len(s) for s in samples), self.fill_id)
+        return collate(samples, self.fill_id, padding_side or self.config.padding_side)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of generated ids."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special)
+
+    # ------------------------------------------------------------------------------------------------ stopping
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids generation stops on: the template's end of an answer, EOS, and the checkpoint's own list."""
+        eos = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        return tuple(dict.fromkeys([*self._end_ids, *eos, *self.tokenizer.generation_stops]))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings generation stops on: the template's end of an answer where that is no control token."""
+        own = (self._end_string,) if self._end_string else ()
+        return tuple(dict.fromkeys([*own, *self.config.stop_strings]))
+
+    def check(self) -> None:
+        """Raises ConfigError where a model trained with this template would never stop generating."""
+        if not self._end_ids and not self._end_string:
+            name = self.config.template.type
+            raise ConfigError(
+                f"template {name!r} closes an answer with nothing that generation stops on, so a model trained with it would "
+                "not learn to stop; set answer_end (for instance the tokenizer's EOS token) or choose another template"
+            )
+
+    def _answer_end(self) -> tuple[tuple[int, ...], str]:
+        """The control tokens that close an answer, or the string that does where it holds none."""
+        if not self.template.end:
+            return (), ""
+        ids = self.tokenizer.encode_pieces([Piece(self.template.end, literal=True)]).ids
+        controls = set(self.tokenizer.specials.values())
+        found = tuple(i for i in ids if i in controls)[:1]
+        return found, "" if found else self.template.end
+
+    def _always_trained(self) -> frozenset[int]:
+        text = self.template.also_trained
+        if not text:
+            return frozenset()
+        controls = set(self.tokenizer.specials.values())
+        ids = {i for i in self.tokenizer.encode_pieces([Piece(text, literal=True)]).ids if i in controls}
+        newline = self.tokenizer.encode_pieces([Piece("\n")]).ids
+        return frozenset(ids | ({newline[0]} if len(newline) == 1 else set()))
+
+    # ------------------------------------------------------------------------------------------------ inspection
+
+    def prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> str:
+        """The rendered conversation as a readable string, each medium as its placeholder (or ``<kind>``)."""
+        parsed = tuple(
+            replace(m, parts=tuple(Text(repr(p)) if isinstance(p, Box) else p for p in m.parts))
+            for m in parse(messages)
+        )
+        media = [m for message in parsed for m in message.media]
+        pieces = self.template.render(parsed, add_generation_prompt, "prompt")
+        return "".join(p.text or (f"<{media[p.medium].kind}>" if p.medium is not None else "") for p in pieces)
+
+    def table(self, sample: Sample) -> list[TokenRow]:
+        """Every token of a sample with its text, whether it is learned, and the medium whose slot it is."""
+        owner: dict[int, str] = {}
+        seen: dict[str, int] = {}
+        for item in sample.media:
+            seen[item.kind] = seen.get(item.kind, 0) + 1
+            slots = item.slots.tolist() if item.slots is not None else []
+            owner.update(dict.fromkeys(slots, f"{item.kind} {seen[item.kind]}"))
+        rows = zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)
+        return [TokenRow(i, t, self._show(t), m, owner.get(i)) for i, (t, m) in enumerate(rows)]
+
+    def _show(self, index: int) -> str:
+        text = self.tokenizer.decode([index], skip_special=False)
+        return text if text and "\ufffd" not in text else self.tokenizer.token_of(index) or ""
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def _open(self, messages: Sequence[Message], id: str) -> list[MediaItem]:
+        """Every medium through its front end, in the order of the conversation."""
+        media = [medium for message in messages for medium in message.media]
+        totals: dict[str, int] = {}
+        for medium in media:
+            totals[medium.kind] = totals.get(medium.kind, 0) + 1
+        seen: dict[str, int] = {}
+        items = []
+        for medium in media:
+            kind = medium.kind
+            if kind not in self.front_ends:
+                raise DataError(f"sample {id!r}: this model takes no {kind}; {nearest(kind, self.front_ends)}")
+            items.append(self.front_ends[kind](medium, Place(id, seen.get(kind, 0), totals[kind])))
+            seen[kind] = seen.get(kind, 0) + 1
+        return items
+
+    def _boxes(self, messages: tuple[Message, ...], items: Sequence[MediaItem], id: str) -> tuple[Message, ...]:
+        """Box parts become text; they need the size of the picture they lie in."""
+        if not any(isinstance(p, Box) for message in messages for p in message.parts):
+            return messages
+        sizes = [item.layout.original for item in items if item.kind == "image"]
+
+        def write(box: Box) -> Text:
+            if not 0 <= box.image < len(sizes):
+                raise DataError(f"sample {id!r}: a box names picture {box.image}, the conversation has {len(sizes)}")
+            return Text(self.config.box.write(box, sizes[box.image], f"sample {id!r}"))
+
+        return tuple(replace(m, parts=tuple(write(p) if isinstance(p, Box) else p for p in m.parts)) for m in messages)
+
+    def _target(self, messages: Sequence[Message], id: str) -> list[int]:
+        """The decoder's side: start token, last answer, end."""
+        start = self.tokenizer.specials.get(self.config.decoder_start or "", self.fill_id)
+        if self.config.decoder_start and self.config.decoder_start not in self.tokenizer.specials:
+            known = nearest(self.config.decoder_start, self.tokenizer.specials)
+            raise ConfigError(f"decoder_start {self.config.decoder_start!r} is no token of the tokenizer; {known}")
+        if messages[-1].media:
+            raise DataError(f"sample {id!r}: an answer on the decoder's side holds a medium; only text can stand there")
+        end = Piece(self.template.end, literal=True)
+        return [start, *self.tokenizer.encode_pieces([Piece(messages[-1].text), end]).ids]
+
+    def _sample(self, id: str, pieces: Sequence[Piece], items: list[MediaItem], target: list[int] | None) -> Sample:
+        """Encode, expand placeholders, record slots and the loss mask."""
+        encoding = self.tokenizer.encode_pieces(pieces)
+        ids, mask = self._opening(encoding)
+        placed: dict[int, MediaItem] = {}
+        for index, (first, last) in zip(encoding.ids, encoding.spans, strict=True):
+            medium = pieces[first].medium
+            if medium is not None:
+                item = items[medium]
+                count = self.counter(item.kind, item.layout)
+                placed[medium] = replace(item, slots=torch.arange(len(ids), len(ids) + count))
+                ids += [index if index >= 0 else self.fill_id] * count
+                mask += [False] * count
+                continue
+            learned = any(p.train for p in pieces[first : last + 1])
+            ids.append(index)
+            mask.append(learned or (index in self._always and any(p.literal for p in pieces[first : last + 1])))
+        missing = [f"{items[i].kind} {i + 1}" for i in range(len(items)) if i not in placed]
+        if missing:
+            raise DataError(
+                f"sample {id!r}: the template wrote no place for {', '.join(missing)} of {len(items)} media"
+            )
+        if target is not None:
+            mask = [False] * len(mask)
+            ids += self.tokenizer.suffix
+            mask += [False] * len(self.tokenizer.suffix)
+        media = [placed[i] for i in range(len(items))]
+        side = torch.tensor(target, dtype=torch.long) if target is not None else None
+        return Sample(id, torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool), media, side)
+
+    def _opening(self, encoding: Encoding) -> tuple[list[int], list[bool]]:
+        """BOS, unless the template has written it."""
+        prefix = list(self.tokenizer.prefix)
+        if self.config.add_bos is not None:
+            bos = getattr(self.tokenizer, "bos_id", None)
+            if self.config.add_bos and bos is None:
+                raise ConfigError("add_bos is set but the tokenizer has no BOS token; name it or leave add_bos out")
+            prefix = [bos] if self.config.add_bos else []
+        if prefix and encoding.ids[: len(prefix)] == prefix:
+            prefix = []
+        return prefix, [False] * len(prefix)
+
+    def _cut(self, sample: Sample, limit: int | None, train: bool) -> Sample:
+        """Take off the end of a sample that is too long. Raises DataError where that would touch a medium or every target."""
+        if limit is not None and len(sample) > limit:
+            for number, item in enumerate(sample.media):
+                assert item.slots is not None
+                if len(item.slots) and int(item.slots[-1]) >= limit:
+                    first, last = int(item.slots[0]), int(item.slots[-1])
+                    raise DataError(
+                        f"sample {sample.id!r}: {item.kind} {number + 1} of {len(sample.media)} takes positions {first} to "
+                        f"{last} of {len(sample)} but max_length is {limit}; a medium is never cut: raise max_length to at "
+                        f"least {last + 1}, or use fewer or smaller media"
+                    )
+            had = int(sample.loss_mask.sum())
+            sample = replace(sample, input_ids=sample.input_ids[:limit], loss_mask=sample.loss_mask[:limit])
+            if train and had and not sample.loss_mask.any():
+                raise DataError(
+                    f"sample {sample.id!r}: max_length {limit} cuts off all of its {had} trained tokens; raise max_length or "
+                    "shorten the question"
+                )
+        if train and sample.target_ids is None and not sample.loss_mask.any():
+            raise DataError(
+                f"sample {sample.id!r}: none of its {len(sample)} tokens is trained; add an assistant turn that has not "
+                "'train': false"
+            )
+        return sample
+
+
+def _check_answers(messages: Sequence[Message], id: str) -> None:
+    for number, message in enumerate(messages):
+        learned = message.role == "assistant" and message.train is not False
+        if learned and not message.media and not message.text.strip():
+            raise DataError(
+                f"sample {id!r}, message {number + 1}: the answer is empty ({len(message.text)} characters); give it a text, "
+                "or leave it out of training with 'train': false"
+            )
+
+
+def trained_text(processor: Processor, sample: Sample) -> Iterator[str]:
+    """The text of each run of trained tokens: what a model learns to say."""
+    run: list[int] = []
+    for index, learned in zip([*sample.input_ids.tolist(), 0], [*sample.loss_mask.tolist(), False], strict=True):
+        if learned:
+            run.append(index)
+        elif run:
+            yield processor.tokenizer.decode(run, skip_special=False)
+            run = []
