@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from chiasm import registry
@@ -31,7 +32,7 @@ class Stream(Config):
 
     encoders: tuple[str, ...] = ("image",)
     connector: str = "image"
-    merge: part("merge") = {"type": "flat"}  # type: ignore[valid-type]
+    merge: part("merge") = Field({"type": "flat"}, validate_default=True)  # type: ignore[valid-type]
     pool: Pool | None = None
     pool_at: Literal["before", "after"] = "after"  # of the connector
 
