@@ -71,7 +71,13 @@ def open_picture(
                 f"{place}: picture {name} cannot be decoded ({reason(error)}); it is truncated or damaged: "
                 "restore the file or leave the sample out"
             ) from None
-        return _rgb(_upright(image), alpha, f"{place}: picture {name}")
+        try:
+            return _rgb(_upright(image), alpha, f"{place}: picture {name}")
+        except ValueError as error:
+            raise DataError(
+                f"{place}: picture {name} of mode {image.mode} cannot become RGB ({reason(error)}); "
+                "convert the file to RGB"
+            ) from None
 
 
 def picture_size(data: Any, place: Place, max_pixels: int = PILLOW_LIMIT) -> tuple[int, int]:
@@ -216,7 +222,9 @@ def _upright(image: Pillow.Image) -> Pillow.Image:
 def _rgb(image: Pillow.Image, alpha: Alpha, what: str) -> Pillow.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _eight_bit(image, what).convert("RGB")
-    transparent = "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())  # colours stored multiplied by alpha
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if transparent and alpha == "white":
         rgba = image.convert("RGBA")
         white = Pillow.new("RGBA", image.size, (255, 255, 255, 255))
