@@ -3,8 +3,8 @@
 Paper: Visual Instruction Tuning (LLaVA, arXiv:2304.08485); Improved Baselines (LLaVA-1.5, arXiv:2310.03744);
 LLaVA-NeXT (2024); LLaVA-OneVision (arXiv:2408.03326). Reference: haotian-liu/LLaVA ``llava_arch.py``, c121f04.
 
-Differences by design: slots are counted and laid out before the model runs, so nothing is searched, cut or padded here; a
-sample without media needs no dummy picture; padding reaches no position that counts.
+Differences by design: slots are counted and laid out before the model runs, so nothing is searched, cut or padded here;
+a sample without media needs no dummy picture; padding reaches no position that counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stream(Config):
 
     encoders: tuple[str, ...] = ("image",)
     connector: str = "image"
-    merge: part("merge") = Field({"type": "flat"}, validate_default=True)  # type: ignore[valid-type]
+    merge: part("merge") = Field(default={"type": "flat"}, validate_default=True)  # type: ignore[valid-type]
     pool: Pool | None = None
     pool_at: Literal["before", "after"] = "after"  # of the connector
 
@@ -48,7 +48,7 @@ class Splice(Fusion):
         encoders: dict[str, part("encoder")]  # type: ignore[valid-type]
         connectors: dict[str, part("connector")]  # type: ignore[valid-type]
         lm: part("lm")  # type: ignore[valid-type]
-        media: dict[str, Stream] = {"image": Stream()}
+        media: dict[str, Stream] = Field(default_factory=lambda: {"image": Stream()})
 
         def stream(self, kind: str) -> Stream:
             """The stream of a kind of media. Raises ConfigError where the model has none."""
@@ -72,6 +72,8 @@ class Splice(Fusion):
         def needs_newline(self) -> bool:
             """True where any stream's merge uses the newline vector."""
             return any(stream.merge.needs_newline for stream in self.media.values())
+
+    config: Config
 
     def __init__(self, config: Config, encoders: Mapping[str, Encoder], connectors: Mapping[str, Connector], lm: LM):
         super().__init__()
@@ -127,8 +129,8 @@ class Splice(Fusion):
             run = self.merges[kind](tokens.x[start : start + layout.units], unit, layout, self.newline)  # [M, D]
             if len(run) != count:
                 raise DataError(
-                    f"sample {ids[owner]!r}: its {kind} was counted as {count} tokens but gave {len(run)}; the processor "
-                    "and the model belong to different configurations: load both from one folder"
+                    f"sample {ids[owner]!r}: its {kind} was counted as {count} tokens but gave {len(run)}; the "
+                    "processor and the model belong to different configurations: load both from one folder"
                 )
             runs.append(run)
             start += layout.units
