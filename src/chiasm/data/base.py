@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chiasm.config import PartConfig
-from chiasm.types import Message
+from chiasm.errors import DataError
+from chiasm.types import Message, Text
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,15 @@ class Example:
     source: str = ""
     task: str = ""
     answers: tuple[str, ...] = ()
+
+
+def with_answer(example: Example) -> Example:
+    """The example with an assistant turn at its end: its own, else its first accepted answer. Raises DataError."""
+    if example.messages and example.messages[-1].role == "assistant":
+        return example
+    if not example.answers:
+        raise DataError(f"sample {example.id!r}: has 0 accepted answers; give 'answers' or a last assistant turn")
+    return replace(example, messages=(*example.messages, Message("assistant", (Text(example.answers[0]),))))
 
 
 class SourceConfig(PartConfig):

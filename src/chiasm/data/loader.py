@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from chiasm.data.base import Example
+from chiasm.data.base import Example, with_answer
 from chiasm.data.mixture import Mixture, Ref, permutation
 from chiasm.errors import ChiasmError, DataError
 from chiasm.types import Batch, Sample
@@ -94,6 +94,7 @@ class Renderer:
 
     def sample(self, example: Example) -> Sample:
         """One example with its targets. Raises DataError that names it."""
+        example = with_answer(example) if example.answers else example
         sample = self.processor(list(example.messages), id=example.id, train=True, max_length=self.max_length)
         sample.source = example.source
         if sample.target_ids is None and not bool(sample.loss_mask.any()):
@@ -105,12 +106,10 @@ class Renderer:
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Several examples, padded or packed. Raises DataError."""
-        from chiasm.processing.collate import collate, pack
-
         samples = [self.sample(example) for example in examples]
         if self.pack:
-            return pack(samples, sum(len(s) for s in samples))
-        return collate(samples, self.processor.tokenizer.pad_id)
+            samples.sort(key=len, reverse=True)  # the order of the segments in the row, so that ids follow it
+        return self.processor.collate(samples, padding_side="right", packed=self.pack)
 
 
 class _Made(Dataset):

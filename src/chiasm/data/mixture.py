@@ -27,6 +27,12 @@ class Entry(Config):
     limit: int | None = Field(None, gt=0)  # the first examples only
 
 
+class HeldOut(Entry):
+    """A source that is never trained on, and how its answers are scored."""
+
+    metric: str = "exact"
+
+
 class Mixture:
     """Examples of several sources by reference ``(source, index)``, and their order in each epoch.
 
@@ -59,6 +65,11 @@ class Mixture:
     def __len__(self) -> int:
         """Examples in one epoch."""
         return sum(self.share(i) for i in range(len(self.sources)))
+
+    def first(self, limit: int | None = None) -> list[Ref]:
+        """The first ``limit`` references of each source, source by source."""
+        sizes = [self.size(i) for i in range(len(self.sources))]
+        return [(number, i) for number, size in enumerate(sizes) for i in range(min(size, limit or size))]
 
     def order(self, epoch: int) -> Tensor:
         """The references ``[n, 2]`` of an epoch, in their order."""

@@ -2,8 +2,8 @@
 
 A folder ``step-000200`` holds ``weights.safetensors`` (the float32 masters of what is trained),
 ``optimizer.safetensors`` (their moments, and the random state) and ``state.json`` (the step, which is also the place in
-the data, and what a run must agree with to go on from here). What is frozen is not written, only a mark of it that tells
-another model.
+the data, and what a run must agree with to go on from here). What is frozen is not written, only a mark of it that
+tells another model.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from chiasm.config import Config, load_yaml, override
-from chiasm.data.mixture import Entry
+from chiasm.data.mixture import Entry, HeldOut
 from chiasm.errors import ConfigError
 from chiasm.train.plan import PLANS, Action, check_action
 
@@ -97,7 +97,7 @@ class Recipe(Config):
     name: str = "run"
     model: ModelSpec
     data: dict[str, Entry]
-    held_out: dict[str, Entry] = Field(default_factory=dict)
+    held_out: dict[str, HeldOut] = Field(default_factory=dict)
     stages: tuple[Stage, ...] = Field(min_length=1)
     eval: EvalSpec = EvalSpec()
     seed: int = 0

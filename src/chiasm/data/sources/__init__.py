@@ -1,3 +1,7 @@
 """Data sources, one file or folder each."""
 
+from chiasm.data.sources import llava_json as llava_json
+from chiasm.data.sources import messages as messages
+from chiasm.data.sources import nlvr as nlvr
+from chiasm.data.sources import photos as photos
 from chiasm.data.sources import playground as playground

@@ -1,1 +1,3 @@
-"""eval/metrics"""
+"""Metrics: ``(prediction, accepted answers) → score in [0, 1]``. One file each family, one import line here."""
+
+from chiasm.eval.metrics import text as text

@@ -1,0 +1,135 @@
+"""Results on disk: ``results.json`` (table and receipt), ``answers.jsonl``, ``report.html``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import chiasm
+from chiasm.data.base import Example
+from chiasm.errors import ConfigError
+from chiasm.eval.runner import Comparison, compare, held_out
+from chiasm.report.run import Shown, StageReport, picture_urls, write_report
+
+
+def evaluate_recipe(vlm: Any, recipe: Any, out: Any, console: Console | None = None, **changes: Any) -> Comparison:
+    """See ``chiasm.eval.evaluate_recipe``."""
+    console = console or Console()
+    if not recipe.held_out:
+        raise ConfigError("the recipe has 0 held-out sources; name some under 'held_out'")
+    spec = type(recipe.eval).parse(recipe.eval.dump() | {k: v for k, v in changes.items() if v is not None})
+    examples, metrics = held_out(recipe.held_out, spec.limit)
+    runs = 2 if spec.shuffled else 1
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"held-out answers ({len(examples)} examples)", total=runs * len(examples))
+        comparison = compare(
+            vlm,
+            examples,
+            spec.shuffled,
+            metrics=metrics,
+            batch_size=spec.batch_size,
+            max_new_tokens=spec.max_new_tokens,
+            seed=recipe.seed,
+            advance=lambda done, step: progress.advance(task, step),
+        )
+    console.print(results_table(comparison))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    receipt = _receipt(vlm, recipe, comparison)
+    results = {
+        "table": [dict(zip(("task", "n", "true", "shuffled"), r)) for r in comparison.rows()],
+        "receipt": receipt,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    with (out / "answers.jsonl").open("w", encoding="utf-8") as file:
+        for pictures, result in (("true", comparison.true), ("shuffled", comparison.shuffled)):
+            for answer in result.answers if result else ():
+                file.write(json.dumps({"pictures": pictures, **asdict(answer)}, ensure_ascii=False) + "\n")
+    write_run_report(recipe, out, comparison, examples, spec.examples, receipt)
+    return comparison
+
+
+def write_run_report(
+    recipe: Any,
+    out: Any,
+    comparison: Comparison | None,
+    examples: list[Example] | None = None,
+    shown: int = 0,
+    receipt: dict[str, Any] | None = None,
+) -> Path:
+    """``report.html`` from what a run left in the folder ``out``, and its held-out answers where there are any."""
+    out = Path(out)
+    stages = [StageReport.read(out / s.name, s.dump()) for s in recipe.stages if (out / s.name / "log.jsonl").is_file()]
+    cards = choose(comparison, examples or [], shown) if comparison else []
+    text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
+    rows = comparison.rows() if comparison else []
+    return write_report(out / "report.html", recipe.name, stages, rows, cards, receipt or {}, text)
+
+
+def choose(comparison: Comparison, examples: list[Example], most: int) -> list[Shown]:
+    """Examples for the report: in turn from every task, a wrong one after every two right ones where there are such."""
+    by_id = {(e.source, e.id): e for e in examples}
+    other = {(a.source, a.id): a.prediction for a in comparison.shuffled.answers} if comparison.shuffled else {}
+    lines: dict[str, list[Any]] = {}
+    for answer in comparison.true.answers:
+        lines.setdefault(answer.task or answer.source, []).append(answer)
+    queues = []
+    for answers in lines.values():
+        right, wrong = [a for a in answers if a.score >= 1], [a for a in answers if a.score < 1]
+        mixed = []
+        while right or wrong:
+            mixed += [*right[:2], *wrong[:1]]
+            right, wrong = right[2:], wrong[1:]
+        queues.append(mixed)
+    chosen = [queue[i] for i in range(max(map(len, queues), default=0)) for queue in queues if i < len(queue)][:most]
+    return [
+        Shown(
+            id=a.id,
+            task=a.task or a.source,
+            question=a.question,
+            prediction=a.prediction,
+            target=a.answers[0],
+            score=a.score,
+            shuffled=other.get((a.source, a.id)),
+            pictures=picture_urls(by_id[a.source, a.id]),
+        )
+        for a in chosen
+        if (a.source, a.id) in by_id
+    ]
+
+
+def results_table(comparison: Comparison) -> Table:
+    """The scores by task for the terminal."""
+    table = Table(title="Held-out scores", title_justify="left", title_style="bold", header_style="bold", box=None)
+    table.add_column("task")
+    for column in ("examples", "its own pictures", "shuffled pictures"):
+        table.add_column(column, justify="right")
+    for task, n, true, shuffled in comparison.rows():
+        style = "bold" if task == "all" else None
+        table.add_row(
+            task, str(n), f"{100 * true:.1f} %", "" if shuffled is None else f"{100 * shuffled:.1f} %", style=style
+        )
+    return table
+
+
+def _receipt(vlm: Any, recipe: Any, comparison: Comparison) -> dict[str, Any]:
+    """What a number was made with: enough to make it again, or to see why another one differs."""
+    return {
+        "model": vlm.config.hash(),
+        "history": list(vlm.config.provenance.history),
+        "recipe": recipe.hash(),
+        "held_out": {name: entry.dump() for name, entry in recipe.held_out.items()},
+        "evaluation": comparison.true.receipt,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "device": str(vlm.model.device),
+        "versions": {"chiasm": chiasm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }

@@ -1,0 +1,140 @@
+"""A training run as one HTML file: scores, loss curves, held-out examples with their pictures, the plan, the recipe."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image
+
+from chiasm.data.base import Example
+from chiasm.data.shuffle import media_of
+from chiasm.processing.base import Place
+from chiasm.processing.open import open_picture
+from chiasm.report.curve import Line, curve
+
+MOST_PICTURES = 4  # of one example
+SIDE = 240  # pixels of a picture's longer side
+
+
+@dataclass
+class StageReport:
+    """What a stage left: its settings, its plan, its log."""
+
+    name: str
+    settings: dict[str, Any]
+    plan: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path, settings: dict[str, Any]) -> StageReport:
+        """From a stage's folder."""
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        plan = folder / "plan.json"
+        rows = json.loads(plan.read_text()) if plan.is_file() else []
+        return cls(folder.name, settings, rows, [json.loads(line) for line in lines])
+
+    @property
+    def steps(self) -> int:
+        """The last step of the log."""
+        return self.log[-1]["step"] if self.log else 0
+
+    @property
+    def trained(self) -> int:
+        """Parameters that were learned."""
+        return sum(row["parameters"] for row in self.plan if row["lr"])
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(row["parameters"] for row in self.plan)
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a key of the log."""
+        return next((r[key] for r in reversed(self.log) if key in r), None)
+
+    def lines(self) -> list[Line]:
+        """The curves of the loss."""
+        names = (("training", "train", "loss"), ("held-out", "held", "held_out/loss"))
+        names += (("held-out, shuffled pictures", "mixed", "held_out/loss_shuffled"),)  # type: ignore[assignment]
+        found = [(n, kind, [(r["step"], r[key]) for r in self.log if key in r]) for n, kind, key in names]
+        return [Line(n, kind, points, smooth=kind == "train") for n, kind, points in found if points]
+
+    def svg(self) -> Markup:
+        """The loss curves."""
+        return curve(self.lines(), f"loss of stage {self.name} by step")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A held-out example in the report."""
+
+    id: str
+    task: str
+    question: str
+    prediction: str
+    target: str
+    score: float
+    shuffled: str | None
+    pictures: list[str]
+
+
+def write_report(
+    path: Path,
+    title: str,
+    stages: Sequence[StageReport],
+    rows: Sequence[tuple[str, int, float, float | None]],
+    shown: Sequence[Shown],
+    receipt: dict[str, Any],
+    recipe: str,
+) -> Path:
+    """Write the page; it refers to no other file. ``rows`` are (task, examples, true score, shuffled score)."""
+    env = Environment(loader=PackageLoader("chiasm.report", "pages"), autoescape=True, trim_blocks=True)
+    env.filters.update(percent=lambda x: f"{100 * x:.1f}", short=_short)
+    page = env.get_template("run.html").render(
+        title=title,
+        stages=stages,
+        rows=rows,
+        total=rows[-1] if rows else None,
+        shown=shown,
+        receipt=json.dumps(receipt, indent=2, ensure_ascii=False),
+        recipe=recipe,
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def picture_urls(example: Example) -> list[str]:
+    """The first pictures of an example (frames of a clip) as small data URLs."""
+    found: list[str] = []
+    for index, medium in enumerate(media_of(example)):
+        frames = medium.data if medium.kind == "video" and isinstance(medium.data, (list, tuple)) else [medium.data]
+        for frame in frames if medium.kind in ("image", "video") and len(found) < MOST_PICTURES else ():
+            if len(found) < MOST_PICTURES and not (medium.kind == "video" and isinstance(frame, str)):
+                found.append(_url(open_picture(frame, Place(example.id, index, len(media_of(example))))))
+    return found
+
+
+def _url(picture: Image.Image) -> str:
+    picture = picture.convert("RGB")
+    small = max(picture.size) <= SIDE
+    if not small:
+        picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG" if small else "JPEG", **({} if small else {"quality": 82}))
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.0f}"

@@ -1,0 +1,58 @@
+"""The model a recipe starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from chiasm.errors import ConfigError
+from chiasm.model_config import VLMConfig
+from chiasm.train.recipe import ModelSpec
+
+
+def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
+    """Load or build the model in float32. What is not loaded is drawn from ``seed``, not from the global generator.
+
+    Raises ConfigError where the specification names no model or two, or a built one has no tokenizer.
+    """
+    from chiasm import vlm
+
+    given = [name for name in ("preset", "folder", "config") if getattr(spec, name) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"model: give exactly one of preset, folder and config, got {', '.join(given) or 'none'}")
+    if spec.folder is not None:
+        if spec.overrides or spec.weights or spec.tokenizer:
+            raise ConfigError(
+                "model.folder holds configuration, weights and tokenizer; overrides, weights and tokenizer "
+                "belong to a model that is built: give preset or config"
+            )
+        return vlm.load(spec.folder, dtype=torch.float32, device=device)
+    config = built_config(spec)
+    if config.tokenizer is None:
+        raise ConfigError("model.tokenizer is missing; name a folder that holds tokenizer.json or tokenizer.model")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return vlm.build(config, device=device, dtype=torch.float32)
+
+
+def built_config(spec: ModelSpec) -> VLMConfig:
+    """The configuration of a model that is to be built. Raises ConfigError."""
+    from chiasm.presets import preset
+
+    if spec.preset is not None:
+        config = preset(spec.preset, tiny=spec.tiny)
+    else:
+        config = VLMConfig.parse(spec.config or {}, where="model.config")
+    changes: dict[str, Any] = dict(spec.overrides)
+    if spec.tokenizer is not None:
+        changes["tokenizer"] = spec.tokenizer
+    config = config.edit(**changes)
+    return config.model_copy(update={"weights": config.weights | spec.weights})
+
+
+def best_device(name: str) -> str:
+    """``auto`` as the first of cuda and cpu that is there; any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

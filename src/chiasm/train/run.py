@@ -1,0 +1,121 @@
+"""A whole run: model, data, stages, held-out evaluation, report. Everything that can be refused is, before step 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from chiasm import registry
+from chiasm.data.check import Checked, check
+from chiasm.data.loader import BatchPlan, Renderer
+from chiasm.data.mixture import Mixture
+from chiasm.eval.runner import question
+from chiasm.eval.write import evaluate_recipe, write_run_report
+from chiasm.train.loop import StageRun
+from chiasm.train.model import best_device, open_model
+from chiasm.train.plan import resolve
+from chiasm.train.probe import Probe
+from chiasm.train.recipe import Recipe, Stage
+
+
+def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Console | None = None) -> Any:
+    """Run a recipe's stages and its evaluation; returns the trained VLM, in eval mode.
+
+    ``vlm`` is trained instead of the model that the recipe names. ``resume`` goes on from the newest checkpoint in
+    ``recipe.out``: finished stages are loaded, not run again. Raises ConfigError, DataError and CheckpointError before the
+    first step, NotFinite at the first loss that is no number.
+    """
+    console = console or Console()
+    run = Run(recipe, vlm, console)
+    run.prepare()
+    for stage in recipe.stages:
+        run.stage(stage, resume)
+    run.evaluate()
+    return run.vlm
+
+
+class Run:
+    """The state of a run: its model, its data and where results go."""
+
+    def __init__(self, recipe: Recipe, vlm: Any, console: Console):
+        self.recipe, self.console = recipe, console
+        self.out = Path(recipe.out)
+        for stage in recipe.stages:
+            registry.get("objective", stage.objective)
+        self.mixture = Mixture(recipe.data, recipe.seed)
+        self.held_out = Mixture(recipe.held_out, recipe.seed) if recipe.held_out else None
+        for entry in recipe.held_out.values():
+            registry.get("metric", entry.metric)
+        self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, best_device(recipe.device))
+
+    def prepare(self) -> None:
+        """Every stage's plan and steps, and the samples of every stage's sources, looked at before the first step."""
+        for stage in self.recipe.stages:
+            resolve(self.vlm.model, stage.table(), stage.lr)
+            mixture = self.mixture.only(stage.data)
+            stage.total_steps(BatchPlan(mixture, stage.batch_size, stage.accumulate).steps_per_epoch)
+            with self.console.status(f"looking at the samples of stage {stage.name}"):
+                found = check(mixture, self._renderer(stage), stage.check_samples)
+            self.console.print(_told(stage, found), highlight=False)
+        if self.held_out:
+            for ref in self.held_out.first(self.recipe.eval.limit):
+                question(self.held_out[ref])
+            check(self.held_out, Renderer(self.vlm.processor), self.recipe.eval.loss_samples)
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True)
+        (self.out / "recipe.yaml").write_text(text, encoding="utf-8")
+
+    def stage(self, stage: Stage, resume: bool) -> None:
+        """Run a stage, or load its result where it was finished before."""
+        folder = self.out / stage.name
+        done = folder / "done.json"
+        if resume and done.is_file():
+            from chiasm.vlm import load
+
+            self.vlm = load(json.loads(done.read_text())["model"], device=best_device(self.recipe.device))
+            self.console.print(f"Stage {stage.name} was finished before; its model is loaded", highlight=False)
+            return
+        renderer = self._renderer(stage)
+        run = StageRun(
+            *(self.vlm.model, renderer, stage, self.mixture, folder),
+            probe=self._probe(renderer, stage),
+            console=self.console,
+            seed=self.recipe.seed,
+        )
+        run.fit(resume)
+        last = stage.name == self.recipe.stages[-1].name
+        model = self.out / "model" if last else folder / "model"
+        event = f"stage {stage.name}: {run.steps} steps of {run.batches.per_step} samples, recipe {self.recipe.hash()}"
+        self.vlm.config = self.vlm.config.model_copy(update={"provenance": self.vlm.config.provenance.add(event)})
+        self.vlm.save(model)
+        (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
+        done.write_text(json.dumps({"model": str(model), "steps": run.steps}))
+        self.console.print(f"Stage {stage.name} done: model in {model}", highlight=False)
+
+    def evaluate(self) -> None:
+        """The held-out evaluation of the last model, and the report of the run."""
+        comparison = evaluate_recipe(self.vlm, self.recipe, self.out, console=self.console) if self.held_out else None
+        path = write_run_report(self.recipe, self.out, comparison)
+        self.console.print(f"Report: {path}", highlight=False)
+
+    def _renderer(self, stage: Stage) -> Renderer:
+        return Renderer(self.vlm.processor, stage.max_length, stage.pack)
+
+    def _probe(self, renderer: Renderer, stage: Stage) -> Probe | None:
+        if self.held_out is None or stage.eval_every is None:
+            return None
+        order = self.held_out.order(0)[: self.recipe.eval.loss_samples].tolist()
+        examples = [self.held_out[s, i] for s, i in order]
+        return Probe(self.vlm.model, renderer, registry.get("objective", stage.objective), examples, stage.batch_size)
+
+
+def _told(stage: Stage, found: Checked) -> str:
+    return (
+        f"Stage {stage.name}: {found.samples} of {found.of} samples looked at, all can be used; "
+        f"{found.mean_length:.0f} tokens each, {found.mean_targets:.0f} of them learned; "
+        f"the longest has {found.longest} ({found.longest_id})"
+    )
