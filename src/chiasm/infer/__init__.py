@@ -1,1 +1,1 @@
-"""infer"""
+"""Inference: conversations in, text out."""

@@ -15,11 +15,12 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chiasm.errors import ConfigError, DataError
 from chiasm.lm.base import LM, Cross, LMConfig
 from chiasm.nn.masks import causal_mask
+from chiasm.nn.modes import evaluating
 from chiasm.registry import register
 
 
@@ -215,23 +216,6 @@ class HFCache:
         """Row ``i`` becomes what row ``rows[i]`` was; ``rows [B']`` may repeat rows or leave some out."""
         self.segments = self.segments.index_select(0, rows)
         self.inner.batch_select_indices(rows)
-
-
-class evaluating:
-    """Evaluation mode inside the block; afterwards every submodule is as it was."""
-
-    def __init__(self, *models: nn.Module):
-        self.modules = [m for model in models for m in model.modules()]
-        self.models = models
-
-    def __enter__(self) -> None:
-        self.before = [m.training for m in self.modules]
-        for model in self.models:
-            model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in zip(self.modules, self.before, strict=True):
-            module.training = training
 
 
 def build(values: dict[str, Any]) -> Any:

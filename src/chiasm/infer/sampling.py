@@ -1,0 +1,107 @@
+"""How the next token is chosen from logits: greedy, temperature, top-k, top-p, repetition penalty.
+
+Papers: nucleus sampling (arXiv:1904.09751), the repetition penalty of CTRL (arXiv:1909.05858). Reference: the logits
+processors of transformers, in the same order: penalty, temperature, top-k, top-p.
+
+Differences by design: the penalty never sees padding; each row draws from a generator of its own, so that a row of a
+batch is sampled as it would be alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from chiasm.config import Config
+
+
+class Options(Config):
+    """All choices of generation. ``temperature`` 0 is greedy; ``seed`` None draws one for each conversation."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    num_beams: int = Field(1, ge=1)
+    length_penalty: float = 1.0
+    repetition_penalty: float = Field(1.0, gt=0)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    use_cache: bool = True
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Options:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(f"beam search takes no chances: num_beams={self.num_beams} needs temperature=0")
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            raise ValueError(
+                "top_k and top_p choose among sampled tokens: give a temperature above 0, or leave them out"
+            )
+        if "" in self.stop:
+            raise ValueError("an empty stop string would stop at once")
+        return self
+
+
+class Sampler:
+    """Chooses one token a row. ``seeds`` are the rows' own; they are drawn where the options give none."""
+
+    def __init__(self, options: Options, rows: int):
+        self.options = options
+        self.seeds = [options.seed if options.seed is not None else int.from_bytes(os.urandom(7), "big") for _ in range(rows)]
+        # Generators stay on the CPU: the same seed gives the same text on every device.
+        self.generators = [torch.Generator(device="cpu").manual_seed(seed) for seed in self.seeds]
+
+    def __call__(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """``logits [R, V]``, ``seen [R, V]`` (ids that the penalty lowers) → ids ``[R]``."""
+        scores = logits.float()
+        if seen is not None:
+            scores = penalise(scores, seen, self.options.repetition_penalty)
+        if self.options.temperature == 0:
+            return scores.argmax(dim=-1)
+        probabilities = self.filter(scores).softmax(dim=-1)  # [R, V]
+        draws = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])  # [R]
+        return invert(probabilities, draws.to(logits.device))
+
+    def filter(self, scores: Tensor) -> Tensor:
+        """Scores ``[R, V]`` after temperature, top-k and top-p; minus infinity where a token is out of the question."""
+        scores = scores / self.options.temperature
+        if self.options.top_k is not None:
+            scores = keep_top_k(scores, self.options.top_k)
+        if self.options.top_p is not None:
+            scores = keep_top_p(scores, self.options.top_p)
+        return scores
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+        self.generators = [self.generators[row] for row in rows]
+
+
+def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Scores ``[R, V]`` of ids in ``seen [R, V]`` divided by ``penalty`` where positive, multiplied where negative."""
+    if penalty == 1.0:
+        return scores
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """The ``k`` best of each row ``[R, V]`` (with those that equal the k-th), minus infinity elsewhere."""
+    worst = scores.topk(min(k, scores.shape[-1])).values[..., -1:]
+    return scores.masked_fill(scores < worst, -torch.inf)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """The fewest best tokens of each row ``[R, V]`` whose probability reaches ``p``, minus infinity elsewhere."""
+    ordered, order = scores.sort(dim=-1)  # the least likely first
+    out = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    out[..., -1] = False  # the best token always stays
+    return scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+
+
+def invert(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """The id at which the running sum of ``probabilities [R, V]`` passes ``draws [R]`` (each in [0, 1)) → ``[R]``."""
+    running = probabilities.double().cumsum(dim=-1)  # [R, V]
+    targets = (draws * running[:, -1]).unsqueeze(-1)
+    return torch.searchsorted(running, targets, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
