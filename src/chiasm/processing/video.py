@@ -165,17 +165,39 @@ class _Header:
         try:
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate
-            total = sum(1 for packet in container.demux(stream) if packet.size)
+            total, torn = _count(container, stream)
             container.seek(0)
             first = next(iter(_frames(container)), None)
         except IndexError:
             raise DataError(f"{what} has no pictures in it, only sound or data; leave the sample out") from None
         except Exception as error:  # a decoder may raise anything at broken data
             raise DataError(f"{what} cannot be decoded ({reason(error)}); encode it anew") from None
+        if torn:
+            raise DataError(f"{what} is truncated: {torn}; restore the file or leave the sample out")
         if first is None or not total:
             raise DataError(f"{what} has 0 frames that can be decoded; restore the file or leave the sample out")
         picture = _picture(first)
         return cls(total, float(rate) if rate else None, (picture.height, picture.width))
+
+
+def _count(container: Any, stream: Any) -> tuple[int, str]:
+    """Frames, without decoding one, and what shows that the file was cut short ("" where nothing does)."""
+    total, end, corrupt = 0, 0.0, False
+    for packet in container.demux(stream):
+        if packet.size:
+            total, corrupt = total + 1, corrupt or packet.is_corrupt
+            if packet.pts is not None:
+                end = max(
+                    end, float((packet.pts + (packet.duration or 0) - (stream.start_time or 0)) * packet.time_base)
+                )
+    if corrupt:
+        return total, f"its data end in the middle of frame {total}"
+    declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    if not declared and container.duration and len(container.streams) == 1:
+        declared = container.duration / 1e6  # microseconds
+    if declared - end > max(0.1 * declared, 2 * declared / max(total, 1)):
+        return total, f"it lasts {declared:.2f} s by its header, and {end:.2f} s can be read"
+    return total, ""
 
 
 def uniform(total: int, count: int) -> tuple[int, ...]:
