@@ -17,6 +17,7 @@ from chiasm.compose import build_model
 from chiasm.config import Config
 from chiasm.errors import ConfigError
 from chiasm.fusion.base import Fusion
+from chiasm.fusion.merge import SpatialUnpad
 from chiasm.model_config import VLMConfig
 from chiasm.processing.base import Place
 from chiasm.types import Image, Layout, Media, MediaBatch, Video
@@ -52,7 +53,9 @@ def parts(config: VLMConfig, model: Fusion | None = None) -> list[PartRow]:
     for name, parameter in model.named_parameters():
         place = next((p for p in places if name.startswith(p + ".")), name.partition(".")[0])
         sizes[place] = sizes.get(place, 0) + parameter.numel()
-    rows = [_row(place, _at(config.model, place), sizes.pop(place, 0)) for place in sorted(places, reverse=True)]
+    rows = [
+        _row(place, _at(config.model, place), sizes.pop(place, 0), _widths(model, place)) for place in _order(places)
+    ]
     rows.append(_row("lm", config.model.lm, sizes.pop("lm", 0)))
     return rows + [
         PartRow(place, "", "one learned vector" if place == "newline" else "", n) for place, n in sizes.items()
@@ -70,7 +73,8 @@ def flow(
     count = config.count(kind, layout)
     units = torch.empty(layout.units, *layout.shape, device="meta")
     slots = torch.arange(count, device="meta")
-    model.encode(kind, MediaBatch(units, [layout], slots, [count], [0]), ["example"], named)
+    network: Any = model
+    network.encode(kind, MediaBatch(units, [layout], slots, [count], [0]), ["example"], named)
     connector = f"connectors.{stream.connector} ({config.model.connectors[stream.connector].type})"
     features = named[f"{kind}/features"]
     steps = [Step(_unit_words(config, kind, layout), tuple(units.shape))]
@@ -86,7 +90,8 @@ def flow(
         steps.append(Step(pooled, (projected.shape[0], inner, projected.shape[2])))
     (merged,) = named[f"{kind}/merged"]
     width, vocab = config.model.lm.dim, config.model.lm.vocab
-    steps.append(Step(f"merge {stream.merge.type}", tuple(merged.shape)))
+    words = f"merge {stream.merge.type}: {arithmetic(config, kind, layout)} = {count}"
+    steps.append(Step(words, tuple(merged.shape)))
     steps.append(Step("in the slots among n tokens of text", (1, f"n + {count}", width)))
     steps.append(Step(f"lm ({config.model.lm.type})", (1, f"n + {count}", width)))
     return [*steps, Step("head, at the last position", (1, vocab))]
@@ -122,8 +127,35 @@ def options(config: Config) -> str:
     return ", ".join(found)
 
 
-def _row(place: str, config: Any, parameters: int) -> PartRow:
-    return PartRow(place, config.type, options(config), parameters)
+def arithmetic(config: VLMConfig, kind: str, layout: Layout) -> str:
+    """How the tokens of a medium come about: ``729 + 40 x (54 + 1)``."""
+    stream, unit = config.model.stream(kind), config.model.unit_count(kind, layout.shape)
+    merge = stream.merge
+    if isinstance(merge, SpatialUnpad.Config) and layout.grid != (0, 0):
+        rows, columns = merge.shrunk(merge.kept(layout, unit), unit)
+        return f"{unit.tokens} + {rows} x ({columns} + 1)" if merge.base else f"{rows} x ({columns} + 1)"
+    total, extra = layout.units * unit.tokens, config.count(kind, layout) - layout.units * unit.tokens
+    words = f"{layout.units} x {unit.tokens}" if layout.units > 1 else f"{total}"
+    return f"{words} + {extra}" if extra else words
+
+
+def _row(place: str, config: Any, parameters: int, widths: str = "") -> PartRow:
+    return PartRow(place, config.type, ", ".join(words for words in (widths, options(config)) if words), parameters)
+
+
+def _order(places: set[str]) -> list[str]:
+    """Encoders before connectors, each by name."""
+    return sorted(places, key=lambda place: (place.startswith("connectors."), place))
+
+
+def _widths(model: Fusion, place: str) -> str:
+    """The widths a connector joins: ``1024 to 4096``."""
+    kind, _, name = place.partition(".")
+    if kind != "connectors":
+        return ""
+    feeding = next(s.encoders for s in model.config.media.values() if s.connector == name)  # type: ignore[attr-defined]
+    widths = (str(model.encoders[encoder].dim) for encoder in feeding)  # type: ignore[index, union-attr]
+    return f"{' and '.join(widths)} to {model.lm.dim}"  # type: ignore[union-attr]
 
 
 def _at(config: Any, place: str) -> Any:

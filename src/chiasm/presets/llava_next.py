@@ -23,7 +23,7 @@ SIGLIP = "google/siglip-so400m-patch14-384"
 FALLBACK = "A grid that does not fit the features is an error; the authors' later code falls back to 2 x 2 tiles."
 QWEN_MASK = (
     "The authors' mask for Qwen prompts also learns every newline and turn marker of the system and user turns. Here "
-    "the answers are learned from, with the marker that ends them; ``processing.template.loss=llava_qwen`` gives the "
+    "the answers are learned from, with the marker that ends them; `processing.template.loss=llava_qwen` gives the "
     "authors' mask."
 )
 
@@ -94,6 +94,8 @@ NEXT_VIDEO = System(
         "2.5, as the transformers checkpoint does: enough for 32 frames and the words around them.",
     ),
     choices=(
+        "The maximal length is 8192: 32 frames are 4608 tokens, more than the 4096 that Vicuna was made for. The "
+        "authors stretch the positions for it and raise the limit when the model is used.",
         "Frames are averaged over 2 x 2 patches *before* the connector, as in the release of April 2024 and in "
         "transformers. The authors' present code pools after it, which gives other numbers: two layers with an "
         "activation do not commute with an average.",

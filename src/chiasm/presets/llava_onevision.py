@@ -68,7 +68,7 @@ ONEVISION = System(
     ),
     choices=(
         "A clip ends with one newline vector, as in the released models. The authors' present default puts one after "
-        "each row of each frame (LLaVA-Video's way): ``model.media.video.merge.newline=grid``.",
+        "each row of each frame (LLaVA-Video's way): `model.media.video.merge.newline=grid`.",
     ),
 )
 

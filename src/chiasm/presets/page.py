@@ -11,13 +11,26 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from chiasm import registry
 from chiasm.compose import build_model
 from chiasm.model_config import VLMConfig
 from chiasm.presets import preset, presets
 from chiasm.presets.anatomy import FRAMES, PICTURE, SIZES, Step, count_tokens, flow, parts
 from chiasm.presets.record import Preset, Stage
+from chiasm.processing.messages import parse
+from chiasm.processing.templates import TEMPLATES
 
 MADE = "<!-- Made by `make docs` from src/chiasm/presets. Change it there. -->"
+UNSEEN = (
+    "Not verified: the released weights. Where this was built no checkpoint could be fetched, so equality was shown "
+    "on small random models of the reference libraries, and sizes on the meta device."
+)
+TALK = (
+    {"role": "user", "content": [{"type": "image", "image": ""}, {"type": "text", "text": "What is this?"}]},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "Is it asleep?"},
+    {"role": "assistant", "content": "Yes."},
+)
 
 
 # ------------------------------------------------------------------------------------------------------ chiasm show
@@ -93,7 +106,9 @@ def page(record: Preset) -> str:
         "## Tokens",
         _tokens(config),
         "## Prompt",
-        f"Template `{_template(config)}`; at most {config.processing.max_length:,} tokens.",
+        f"Template {_template(config)}, at most {config.processing.max_length:,} tokens. What is learned from stands "
+        "between ⟦ and ⟧, ⏎ is a line break, and `<image>` is the picture:",
+        f"```\n{_prompt(config)}\n```",
         "## Recipe",
         _table(("", *(stage.name for stage in record.stages)), _recipe(record.stages)),
         "Starts from " + "; ".join(f"`{place}`: {name}" for place, name in record.base.items()) + ".",
@@ -101,7 +116,9 @@ def page(record: Preset) -> str:
         *_list("## Differences by design", record.differences),
         *_list("## Choices where the publication is open", record.system.choices),
         *_list("## What was verified, and how", (_counted(record, total), *record.verified)),
+        UNSEEN,
         *_list("## Licences", [f"{part}: {words}" for part, words in record.licences.items()]),
+        "As their publishers state them; read them before you use or pass on any weights.",
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -111,13 +128,12 @@ def index(records: Sequence[Preset]) -> str:
     rows = []
     for record in records:
         config = record.config()
-        total = sum(row.parameters for row in parts(config))
         video = count_tokens(config, "video", PICTURE) if "video" in config.processing.media else None
         rows.append(
             (
                 f"[{record.name}]({record.name}.md)",
                 record.family,
-                f"{total:,}",
+                f"{record.parameters:,}",
                 str(count_tokens(config, "image", PICTURE)),
                 f"{video} ({config.processing.media['video'].frames} frames)" if video else "",
                 record.paper,
@@ -153,11 +169,22 @@ def _tokens(config: VLMConfig) -> str:
     return _table(head, rows)
 
 
-def _template(config: VLMConfig) -> str:
-    """The name under which the template is published, where it has one."""
-    from chiasm.processing.templates import TEMPLATES
+def _prompt(config: VLMConfig) -> str:
+    """A short conversation as the template writes it, with what is learned from between brackets."""
+    settings = config.processing.template
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    template = registry.get("template", settings.type)(settings, tokens, {"image": "<image>"})
+    text = ""
+    for piece in template.render(parse(TALK, "page"), False, "page"):
+        words = "<image>" if piece.medium is not None else piece.text
+        text += f"⟦{words}⟧" if piece.train and words else words
+    return text.replace("⟧⟦", "").replace("\n", "⏎\n")
 
-    return next((name for name, data in TEMPLATES.items() if data == config.processing.template), "of its own")
+
+def _template(config: VLMConfig) -> str:
+    """The names under which the template is published."""
+    names = [f"`{name}`" for name, data in TEMPLATES.items() if data == config.processing.template]
+    return " or ".join(names) + (" (the same)" if len(names) > 1 else "") if names else "of its own"
 
 
 def _recipe(stages: Sequence[Stage]) -> list[tuple[str, ...]]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from chiasm.model_config import Provenance, VLMConfig
 from chiasm.registry import register
 
-CLIP_LICENCE = {"code": "Apache-2.0", "image encoder": "MIT (CLIP)"}
-SIGLIP_LICENCE = {"code": "Apache-2.0", "image encoder": "Apache-2.0 (SigLIP)"}
+_DATA = "CC BY 4.0 on its card, and the terms of OpenAI, whose GPT-4 wrote it (LLaVA-Instruct)"
+CLIP_LICENCE = {"code": "Apache-2.0", "data": _DATA, "image encoder": "MIT (CLIP)"}
+SIGLIP_LICENCE = {"code": "Apache-2.0", "data": _DATA, "image encoder": "Apache-2.0 (SigLIP)"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,406 @@
+"""Presets: their published sizes, tokens, conventions and records, and that the tiny form is the same system."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from functools import cache
+
+import pytest
+import torch
+from PIL import Image as Pillow
+
+from chiasm.compose import build_model, check_counts
+from chiasm.config import diff
+from chiasm.errors import RegistryError
+from chiasm.lm.tokenizer import Tokenizer
+from chiasm.model_config import VLMConfig
+from chiasm.presets import preset, presets, record_of
+from chiasm.presets.anatomy import count_tokens, flow, parts
+from chiasm.presets.page import describe
+from chiasm.presets.tiny import tiny_side
+from chiasm.processing.processor import Processor
+from chiasm.processing.templates import TEMPLATES
+
+NAMES = [record.name for record in presets()]
+
+# The published configurations, as transformers writes them (llava-hf's config.json files; the models' own for widths).
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+CLIP_224 = CLIP | {"image_size": 224}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 26,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
+def text(kind, dim, mlp, depth, heads, kv_heads, vocab, tied=False):
+    return {
+        "model_type": kind,
+        "hidden_size": dim,
+        "intermediate_size": mlp,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+VICUNA_7B = text("llama", 4096, 11008, 32, 32, 32, 32000)
+VICUNA_13B = text("llama", 5120, 13824, 40, 40, 40, 32000)
+QWEN2_05B = text("qwen2", 896, 4864, 24, 14, 2, 151936, tied=True)
+QWEN2_7B = text("qwen2", 3584, 18944, 28, 28, 4, 152064)
+QWEN2_72B = text("qwen2", 8192, 29568, 80, 64, 8, 152064)
+QWEN15_05B = text("qwen2", 1024, 2816, 24, 16, 16, 151936, tied=True)
+QWEN15_7B = text("qwen2", 4096, 11008, 32, 32, 32, 151936)
+
+PUBLISHED = {  # preset → class of transformers, tower, language model
+    "llava-1.5-7b": ("Llava", CLIP, VICUNA_7B),
+    "llava-1.5-13b": ("Llava", CLIP, VICUNA_13B),
+    "llava-1.5-hd-7b": ("LlavaNext", CLIP_224, VICUNA_7B),
+    "llava-1.5-hd-13b": ("LlavaNext", CLIP_224, VICUNA_13B),
+    "llava-next-vicuna-7b": ("LlavaNext", CLIP, VICUNA_7B),
+    "llava-next-vicuna-13b": ("LlavaNext", CLIP, VICUNA_13B),
+    "llava-next-mistral-7b": ("LlavaNext", CLIP, text("mistral", 4096, 14336, 32, 32, 8, 32000)),
+    "llava-next-hermes-34b": ("LlavaNext", CLIP, text("llama", 7168, 20480, 60, 56, 8, 64000)),
+    "llava-next-llama3-8b": ("LlavaNext", CLIP, text("llama", 4096, 14336, 32, 32, 8, 128256)),
+    "llava-next-video-7b": ("LlavaNextVideo", CLIP, VICUNA_7B),
+    "llava-next-interleave-0.5b": ("Llava", SIGLIP, QWEN15_05B),
+    "llava-next-interleave-7b": ("Llava", SIGLIP, QWEN15_7B),
+    "llava-onevision-0.5b": ("LlavaOnevision", SIGLIP, QWEN2_05B),
+    "llava-onevision-7b": ("LlavaOnevision", SIGLIP, QWEN2_7B),
+    "llava-onevision-72b": ("LlavaOnevision", SIGLIP, QWEN2_72B),
+}
+
+
+@cache
+def sizes(name):
+    """Parameters of each part, counted on the meta device."""
+    return {row.place: row.parameters for row in parts(record_of(name).config())}
+
+
+def reference_count(name, rows=None):
+    transformers = pytest.importorskip("transformers")
+    system, tower, lm = PUBLISHED[name]
+    config = getattr(transformers, f"{system}Config")(
+        vision_config=dict(tower),
+        text_config=lm | ({"vocab_size": rows} if rows else {}),
+        tie_word_embeddings=lm["tie_word_embeddings"],
+    )
+    with torch.device("meta"):
+        model = getattr(transformers, f"{system}ForConditionalGeneration")(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_of_the_record(name):
+    assert sum(sizes(name).values()) == record_of(name).parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_transformers(name):
+    assert reference_count(name) == record_of(name).parameters
+    if record_of(name).transformers:
+        number, rows = record_of(name).transformers
+        assert reference_count(name, rows) == number
+        wider = build_model(record_of(name).config().edit(**{"model.lm.vocab": rows}).model, device="meta")
+        assert sum(parameter.numel() for parameter in wider.parameters()) == number
+
+
+@pytest.mark.parametrize(("name", "lm"), [("llava-1-7b", VICUNA_7B), ("llava-1-13b", VICUNA_13B)])
+def test_parameters_of_a_linear_connector(name, lm):
+    """transformers has no class with a linear connector: the sum of its tower, its language model and one matrix."""
+    transformers = pytest.importorskip("transformers")
+
+    def plain(config):
+        return {key: value for key, value in config.items() if key != "model_type"}
+
+    with torch.device("meta"):
+        tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**plain(CLIP_224)))
+        language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**plain(lm)))
+    expected = sum(p.numel() for model in (tower, language) for p in model.parameters())
+    assert expected + (1024 + 1) * lm["hidden_size"] == record_of(name).parameters
+
+
+def test_every_preset_was_compared():
+    assert set(NAMES) == {*PUBLISHED, "llava-1-7b", "llava-1-13b"}
+
+
+CONNECTORS = {
+    "llava-1-7b": 4_198_400,
+    "llava-1-13b": 5_248_000,
+    "llava-1.5-7b": 20_979_712,
+    "llava-1.5-13b": 31_467_520,
+    "llava-next-mistral-7b": 20_979_712,
+    "llava-onevision-0.5b": 1_836_800,
+    "llava-onevision-7b": 16_980_992,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), CONNECTORS.items())
+def test_published_connector_sizes(name, parameters):
+    assert sizes(name)["connectors.image"] == parameters
+
+
+def test_newline_is_one_vector_and_only_where_it_is_used():
+    assert sizes("llava-next-vicuna-7b")["newline"] == 4096
+    assert sizes("llava-onevision-72b")["newline"] == 8192
+    assert "newline" not in sizes("llava-1.5-7b") and "newline" not in sizes("llava-next-interleave-7b")
+
+
+# ------------------------------------------------------------------------------------------------------ tokens
+
+TABLE = [  # width, height, LLaVA-1, LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, in the authors' convention
+    (640, 480, 256, 576, 2340, 2929),
+    (1024, 899, 256, 576, 2634, 6551),
+    (1920, 1080, 256, 576, 1948, 7269),
+    (672, 672, 256, 576, 2928, 3699),
+    (1000, 300, 256, 576, 2182, 2779),
+    (500, 375, 256, 576, 2340, 1728),
+    (384, 384, 256, 576, 2928, 1485),
+    (336, 336, 256, 576, 1176, 1485),
+    (320, 240, 256, 576, 1026, 1317),
+    (316, 503, 256, 576, 1526, 1905),
+    (4000, 3000, 256, 576, 2340, 7309),
+]
+SYSTEMS = ("llava-1-13b", "llava-1.5-7b", "llava-next-hermes-34b", "llava-onevision-0.5b")
+
+
+@pytest.mark.parametrize(("width", "height", "expected"), [(w, h, row) for w, h, *row in TABLE])
+def test_picture_tokens(width, height, expected):
+    assert [count_tokens(preset(name), "image", (width, height)) for name in SYSTEMS] == expected
+
+
+def test_tokens_of_several_pictures_and_of_clips():
+    assert count_tokens(preset("llava-onevision-7b"), "image", (640, 480), of=2) == 730  # padded, one newline
+    assert count_tokens(preset("llava-next-vicuna-7b"), "image", (640, 480), of=2) == 2340  # tiled like one alone
+    assert count_tokens(preset("llava-next-interleave-7b"), "image", (640, 480), of=5) == 729
+    assert count_tokens(preset("llava-next-video-7b"), "video", (640, 480)) == 32 * 144
+    assert count_tokens(preset("llava-onevision-7b"), "video", (640, 480)) == 32 * 196 + 1
+
+
+def test_hd_tokens_by_the_formula():
+    """640 x 480 goes into 3 x 2 tiles of 16 x 16 patches; int(640 * 32 / 480) = 42 of the 48 columns stay."""
+    assert count_tokens(preset("llava-1.5-hd-13b"), "image", (640, 480)) == 256 + 32 * (42 + 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_longest_picture_fits_the_language_model(name):
+    config = preset(name)
+    longest = max(count_tokens(config, kind, (960, 1160)) for kind in config.processing.media)
+    scaling = config.model.lm.rope_scaling
+    reach = config.model.lm.max_positions * (scaling.factor if scaling else 1)
+    assert longest < config.processing.max_length <= reach
+
+
+# ------------------------------------------------------------------------------------------------------ conventions
+
+TEMPLATE_OF = {
+    "llava-1-7b": "llava_v0",
+    "llava-1.5-7b": "vicuna_v1",
+    "llava-1.5-hd-13b": "vicuna_v1",
+    "llava-next-vicuna-13b": "vicuna_v1",
+    "llava-next-mistral-7b": "mistral_instruct",
+    "llava-next-hermes-34b": "chatml_direct",
+    "llava-next-llama3-8b": "llava_llama_3",
+    "llava-next-video-7b": "vicuna_v1",
+    "llava-next-interleave-7b": "qwen_1_5",
+    "llava-onevision-72b": "qwen_1_5",
+}
+
+
+@pytest.mark.parametrize(("name", "template"), TEMPLATE_OF.items())
+def test_templates(name, template):
+    assert preset(name).processing.template == TEMPLATES[template]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_conventions_are_the_authors(name):
+    config = preset(name)
+    image, tower = config.processing.media["image"], config.model.encoders["image"]
+    assert image.size == tower.image_size
+    assert image.background == ((127, 127, 127) if image.mean[0] == 0.5 else (122, 116, 104))
+    assert (tower.layer, tower.post_norm) == ((-1, "unused") if tower.depth == 26 else (-2, "unused"))
+    if image.tiling:
+        assert image.tiling.axes == "wh" and config.model.media["image"].merge.rounding == "trunc"
+
+
+def test_pictures_of_each_system():
+    fits = {name: preset(name).processing.media["image"] for name in NAMES}
+    assert [fits[n].fit for n in ("llava-1-7b", "llava-1.5-7b", "llava-onevision-7b")] == ["crop", "pad", "squash"]
+    assert fits["llava-next-llama3-8b"].tiling.pinpoints == (
+        (336, 672),
+        (672, 336),
+        (672, 672),
+        (1008, 336),
+        (336, 1008),
+    )
+    onevision = fits["llava-onevision-7b"]
+    assert len(onevision.tiling.pinpoints) == 36 and onevision.several == "pad"
+    assert onevision.tiling.pinpoints[:2] == ((384, 384), (384, 768))
+    assert len(fits["llava-1.5-hd-13b"].tiling.pinpoints) == 14
+
+
+# ------------------------------------------------------------------------------------------------------ records
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_are_complete(name):
+    record = record_of(name)
+    config = record.config()
+    assert config.provenance.preset == name and config.provenance.licences and config.provenance.paper == record.paper
+    assert VLMConfig.parse(json.loads(json.dumps(config.dump()))).hash() == config.hash()
+    assert record.system.arxiv is None or f"arXiv:{record.system.arxiv}" in record.paper
+    assert len(record.stages) >= 2 and record.stages[0].lr == (2e-3 if record.family == "LLaVA-1" else 1e-3)
+    built = [n for n, _ in build_model(preset(name, tiny=True).model, device="meta").named_parameters()]
+    for stage in record.stages:
+        assert stage.template in TEMPLATES or " " in stage.template
+        for pattern in (*stage.trains, *stage.rates):
+            if pattern != "newline" or "newline" in built:
+                assert fnmatch.filter(built, pattern), f"{name}: pattern {pattern} of stage {stage.name} names nothing"
+
+
+def test_presets_differ_from_each_other():
+    hashes = {record.function().hash() for record in presets()}
+    assert len(hashes) == len(NAMES) == 17
+
+
+def test_unknown_preset_says_which_are_near():
+    with pytest.raises(RegistryError, match=r"unknown preset 'llava-1\.5-8b'.*'llava-1\.5-7b'"):
+        preset("llava-1.5-8b")
+
+
+def test_a_preset_from_outside_the_package():
+    config = preset("chiasm.presets.llava:llava_15_7b", tiny=True)
+    assert config.model.lm.vocab == 512
+
+
+def test_describe_prints_parts_flow_and_tokens():
+    words = describe(preset("llava-next-vicuna-7b"))
+    for expected in ("7,062,906,880", "1024 to 4096", "[5, 3, 336, 336]", "576 + 36 x (48 + 1) = 2340", "[1, 32000]"):
+        assert expected in words
+
+
+def test_flow_ends_at_the_vocabulary():
+    steps = flow(preset("llava-next-video-7b"), "video")
+    assert [step.shape for step in steps][:3] == [(32, 3, 336, 336), (32, 576, 1024), (32, 144, 4096)]
+    assert steps[-1].shape == (1, 32000)
+
+
+# ------------------------------------------------------------------------------------------------------ tiny forms
+
+MAY_DIFFER = (
+    "model.encoders.*.image_size",
+    "model.encoders.*.dim",
+    "model.encoders.*.depth",
+    "model.encoders.*.heads",
+    "model.encoders.*.mlp",
+    "model.encoders.*.patch",
+    "model.lm.vocab",
+    "model.lm.dim",
+    "model.lm.depth",
+    "model.lm.heads",
+    "model.lm.kv_heads",
+    "model.lm.mlp",
+    "processing.media.*.size",
+    "processing.media.*.frames",
+    "processing.media.image.tiling.pinpoints",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Every byte is a token; four control tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>", "<pad>", "<image>"])
+    core.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_form_differs_in_size_only(name):
+    for key, (full, small) in diff(preset(name), preset(name, tiny=True)).items():
+        assert any(fnmatch.fnmatch(key, pattern) for pattern in MAY_DIFFER), f"{key}: {full} became {small}"
+    assert sum(row.parameters for row in parts(preset(name, tiny=True))) < 400_000
+
+
+def test_tiny_sides_keep_parity_and_rest():
+    assert [tiny_side(side, 14) for side in (224, 336, 384)] == [16, 24, 30]  # 4, 6 and 7 patches, 2 pixels over
+
+
+def colours(generator, size):
+    values = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Pillow.fromarray(values.numpy())
+
+
+def talk(*media):
+    kinds = [
+        {"type": "video" if isinstance(m, list) else "image", "video" if isinstance(m, list) else "image": m}
+        for m in media
+    ]
+    words = {"type": "text", "text": "What is this?"}
+    return [{"role": "user", "content": [*kinds, words]}, {"role": "assistant", "content": "A colour."}]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_form_runs(name, tokenizer, rng):
+    """One picture, none, two, and a clip in one batch: counts hold, an answer depends on its own picture alone."""
+    config = preset(name, tiny=True, vocab=tokenizer.vocab_size)
+    torch.manual_seed(1)
+    model = build_model(config.model).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2, generator=rng)
+    side = config.processing.media["image"].size
+    check_counts(config.model, dict.fromkeys(config.processing.media, (3, side, side)))
+    processor = Processor(config.processing, tokenizer, config.model.count)
+    first, second = colours(rng, (31, 17)), colours(rng, (40, 60))
+    talks = [talk(first), talk(), talk(first, second)]
+    if "video" in config.processing.media:
+        talks.append(talk([colours(rng, (20, 20)) for _ in range(6)]))
+    with torch.no_grad():
+        before = [model(processor.batch([t], train=True), logits="labels").logits for t in talks]
+        batch = processor.batch(talks, train=True)
+        together = model(batch, logits="labels")
+        changed = model(processor.batch([talk(second), *talks[1:]], train=True), logits="labels")
+    for row, alone in enumerate(before):
+        torch.testing.assert_close(together.logits[together.target_rows == row], alone, atol=1e-4, rtol=1e-4)
+    assert (changed.logits[changed.target_rows == 0] - before[0]).abs().max() > 1e-3
+    torch.testing.assert_close(changed.logits[changed.target_rows == 1], before[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava-1-7b", "llava-1.5-hd-13b", "llava-next-video-7b", "llava-onevision-0.5b"])
+def test_every_parameter_of_a_tiny_form_learns(name, tokenizer, rng):
+    config = preset(name, tiny=True, vocab=tokenizer.vocab_size)
+    model = build_model(config.model)
+    processor = Processor(config.processing, tokenizer, config.model.count)
+    batch = processor.batch([talk(colours(rng, (31, 17)))], train=True)
+    output = model(batch, logits="labels")
+    torch.nn.functional.cross_entropy(output.logits, output.targets).backward()
+    idle = {f"encoders.image.{n}" for n in model.encoders["image"].unused()}
+    silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert silent == idle
