@@ -34,7 +34,14 @@ def mixture(data: Path, seed: int = 0) -> Mixture:
 def run(vlm, data: Path, out: Path, resume: bool = False, seed: int = 0, **settings) -> StageRun:
     settings = {"name": "s", "plan": "instruct", "steps": 6, "batch_size": 3, "lr": 1e-3, "log_every": 1} | settings
     stage = StageRun(
-        vlm.model, renderer(vlm, pack=settings.get("pack", False)), Stage(**settings), mixture(data), out, None, QUIET, seed
+        vlm.model,
+        renderer(vlm, pack=settings.get("pack", False)),
+        Stage(**settings),
+        mixture(data),
+        out,
+        None,
+        QUIET,
+        seed,
     )
     stage.fit(resume)
     return stage
@@ -46,7 +53,15 @@ def gradients(vlm, data: Path, batch_size: int, accumulate: int, pack: bool = Fa
     stage = StageRun(
         vlm.model,
         renderer(vlm, pack=pack),
-        Stage(name="s", plan="end_to_end", steps=1, batch_size=batch_size, accumulate=accumulate, lr=1e-3, max_grad_norm=1e9),
+        Stage(
+            name="s",
+            plan="end_to_end",
+            steps=1,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            lr=1e-3,
+            max_grad_norm=1e9,
+        ),
         mixture(data),
         data / f"run{batch_size}{pack}",
         None,
@@ -88,7 +103,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(data, tmp_path):
     for name, g in whole.items():
         for other in (halves, single, packed):
             assert (g - other[name]).abs().max() <= 1e-6 * max(1.0, g.abs().max()), name
-    counts = [len(renderer(vlm).sample(mixture(data)[ref]).loss_mask.nonzero()) for ref in mixture(data).order(0).tolist()[:4]]
+    counts = [
+        len(renderer(vlm).sample(mixture(data)[ref]).loss_mask.nonzero()) for ref in mixture(data).order(0).tolist()[:4]
+    ]
     assert len(set(counts)) > 1
 
 
@@ -114,7 +131,11 @@ def test_frozen_parts_do_not_move_and_trained_parts_do(data, tmp_path, dtype):
         moved = not torch.equal(p, before[name])
         assert p.dtype == torch.float32
         assert moved == name.startswith("connectors."), name
-    assert {r.part: r.trainable for r in stage.plan.rows} == {"encoders.image": False, "connectors.image": True, "lm": False}
+    assert {r.part: r.trainable for r in stage.plan.rows} == {
+        "encoders.image": False,
+        "connectors.image": True,
+        "lm": False,
+    }
 
 
 def test_frozen_encoder_is_in_eval_mode_and_builds_no_graph(data, tmp_path):
@@ -140,7 +161,12 @@ def test_resume_is_bit_equal(data, tmp_path, settings):
         stage = StageRun(
             vlm.model,
             renderer(vlm),
-            Stage(**({"name": "s", "plan": "instruct", "steps": 6, "batch_size": 3, "lr": 1e-3, "log_every": 1} | settings)),
+            Stage(
+                **(
+                    {"name": "s", "plan": "instruct", "steps": 6, "batch_size": 3, "lr": 1e-3, "log_every": 1}
+                    | settings
+                )
+            ),
             *(mixture(data), tmp_path / "broken", None, QUIET),
         )
         update = stage.update

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from chiasm.compose import build_model
 from chiasm.data.loader import Renderer
+from chiasm.infer.engine import generate
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.processing.processor import Processor
@@ -26,7 +27,15 @@ def tokenizer_folder(folder: Path) -> Path:
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     vocabulary = {token: i for i, token in enumerate([*specials, *CHARACTERS])}
     added = [
-        {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": i,
+            "content": t,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for i, t in enumerate(specials)
     ]
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
@@ -63,6 +72,20 @@ def model_config(dim: int = 32) -> dict[str, Any]:
     }
 
 
+class Tiny:
+    """As much of a VLM as training and evaluation ask for."""
+
+    def __init__(self, model: Any, processor: Processor, config: VLMConfig):
+        self.model, self.processor, self.config = model, processor, config
+
+    def generate(self, conversations: Any, **options: Any) -> Any:
+        return generate(self.model, self.processor, conversations, **options)
+
+    def save(self, folder: Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(self.model.state_dict(), Path(folder) / "model.safetensors")
+
+
 def tiny_vlm(folder: Path, seed: int = 0) -> Any:
     """The tiny model and its processor, without saving or loading."""
     config = VLMConfig.parse(model_config())
@@ -72,8 +95,10 @@ def tiny_vlm(folder: Path, seed: int = 0) -> Any:
         for p in model.parameters():
             if p.ndim == 1:  # biases and norms away from 0 and 1
                 p.data += 0.1 * torch.randn_like(p)
-    processor = Processor(config.processing, Tokenizer.from_folder(tokenizer_folder(folder / "tokenizer")), config.model.count)
-    return SimpleNamespace(model=model.eval(), processor=processor, config=config)
+    processor = Processor(
+        config.processing, Tokenizer.from_folder(tokenizer_folder(folder / "tokenizer")), config.model.count
+    )
+    return Tiny(model.eval(), processor, config)
 
 
 def renderer(vlm: Any, **settings: Any) -> Renderer:
@@ -102,4 +127,9 @@ def write_pictures(folder: Path, count: int = 8) -> Path:
 
 
 def source(folder: Path) -> dict[str, Any]:
-    return {"type": "llava_json", "file": str(folder / "train.json"), "images": str(folder / "pictures"), "task": "colors"}
+    return {
+        "type": "llava_json",
+        "file": str(folder / "train.json"),
+        "images": str(folder / "pictures"),
+        "task": "colors",
+    }

@@ -23,8 +23,8 @@ class Entry(Config):
     """One source of a mixture."""
 
     source: part("source")  # type: ignore[valid-type]
-    weight: float = Field(1.0, gt=0)  # how often an example is seen in an epoch; 0.5: another half each epoch
-    limit: int | None = Field(None, gt=0)  # the first examples only
+    weight: float = Field(default=1.0, gt=0)  # how often an example is seen in an epoch; 0.5: another half each epoch
+    limit: int | None = Field(default=None, gt=0)  # the first examples only
 
 
 class HeldOut(Entry):

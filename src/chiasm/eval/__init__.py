@@ -1,7 +1,7 @@
 """Evaluation: generate over held-out examples, score, and the same with other examples' pictures.
 
-``evaluate(vlm, examples)`` gives a ``Result`` (table by task, every answer, a receipt); ``evaluate_recipe(vlm, recipe, out)``
-does it for a recipe's held-out sources, with true and with shuffled pictures, and writes ``results.json``,
+``evaluate(vlm, examples)`` gives a ``Result`` (table by task, every answer, a receipt). ``evaluate_recipe(vlm, recipe,
+out)`` does it for a recipe's held-out sources, with true and with shuffled pictures, and writes ``results.json``,
 ``answers.jsonl`` and ``report.html`` into ``out``.
 """
 
@@ -21,8 +21,8 @@ from chiasm.eval.runner import held_out as held_out
 def evaluate_recipe(vlm: Any, recipe: Any, out: Any, **changes: Any) -> Comparison:
     """Score a model on a recipe's held-out sources and write the results into the folder ``out``.
 
-    ``changes`` override the recipe's ``eval`` table: ``limit``, ``batch_size``, ``max_new_tokens``, ``shuffled``. Raises ConfigError
-    where the recipe has no held-out source.
+    ``changes`` override the recipe's ``eval`` table: ``limit``, ``batch_size``, ``max_new_tokens``, ``shuffled``. Raises
+    ConfigError where the recipe has none held out.
     """
     from chiasm.eval.write import evaluate_recipe as run
 

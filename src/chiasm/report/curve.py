@@ -92,4 +92,4 @@ def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10(span / 4))
     step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= 6)
     first = math.floor(low / step)
-    return [round((first + i) * step, 10) for i in range(int(math.ceil((high - first * step) / step)) + 1)]
+    return [round((first + i) * step, 10) for i in range(math.ceil((high - first * step) / step) + 1)]

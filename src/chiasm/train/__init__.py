@@ -1,7 +1,7 @@
 """Training: ``train(recipe) → VLM``.
 
-``load_recipe(path, overrides, tiny)`` reads a YAML file; ``train(recipe, vlm=None, resume=False)`` runs its stages and its
-evaluation, and writes into ``recipe.out``: for each stage ``<stage>/log.jsonl``, ``<stage>/checkpoints`` and
+``load_recipe(path, overrides, tiny)`` reads a YAML file; ``train(recipe, vlm=None, resume=False)`` runs its stages and
+its evaluation, and writes into ``recipe.out``: for each stage ``<stage>/log.jsonl``, ``<stage>/checkpoints`` and
 ``<stage>/model``, then ``model`` (the last stage's), ``results.json``, ``answers.jsonl`` and ``report.html``.
 """
 

@@ -1,8 +1,8 @@
 """The optimizer: AdamW over float32 masters, decay groups, warm-up and cosine.
 
 With ``dtype: bf16`` the model's own tensors are bfloat16, and the optimizer works on float32 copies of the trained ones
-(masters): gradients of all micro-batches are summed in float32, and a step below bfloat16's spacing is not lost. Nothing
-is cast in the forward pass, unlike autocast, which casts every weight each time.
+(masters): gradients of all micro-batches are summed in float32, and a step below bfloat16's spacing is kept. Nothing is
+cast in the forward pass, unlike autocast, which casts every weight each time.
 """
 
 from __future__ import annotations

@@ -35,26 +35,26 @@ class Stage(Config):
     plan: str | dict[str, Action] = "instruct"
     objective: str = "next_token"
     data: tuple[str, ...] | None = None  # names of the sources to use; None: all
-    steps: int | None = Field(None, gt=0)  # optimizer steps; or
-    epochs: float | None = Field(None, gt=0)  # passes over the mixture
-    batch_size: int = Field(8, gt=0)  # samples of a micro-batch
-    accumulate: int = Field(1, gt=0)  # micro-batches of an optimizer step
+    steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
+    epochs: float | None = Field(default=None, gt=0)  # passes over the mixture
+    batch_size: int = Field(default=8, gt=0)  # samples of a micro-batch
+    accumulate: int = Field(default=1, gt=0)  # micro-batches of an optimizer step
     lr: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     dtype: Literal["float32", "bf16"] = "float32"
-    max_length: int | None = Field(None, gt=0)
-    bucket: int = Field(0, ge=0)  # steps whose samples are sorted by length together; 0: none
+    max_length: int | None = Field(default=None, gt=0)
+    bucket: int = Field(default=0, ge=0)  # steps whose samples are sorted by length together; 0: none
     pack: bool = False  # samples of a micro-batch one after the other in one row, without padding
-    workers: int = Field(0, ge=0)
-    log_every: int = Field(10, gt=0)
-    eval_every: int | None = Field(None, gt=0)  # steps between held-out losses
-    save_every: int | None = Field(None, gt=0)  # steps between checkpoints
-    keep_last: int = Field(2, gt=0)
-    check_samples: int = Field(1000, ge=0)  # samples opened and rendered before the first step
+    workers: int = Field(default=0, ge=0)
+    log_every: int = Field(default=10, gt=0)
+    eval_every: int | None = Field(default=None, gt=0)  # steps between held-out losses
+    save_every: int | None = Field(default=None, gt=0)  # steps between checkpoints
+    keep_last: int = Field(default=2, gt=0)
+    check_samples: int = Field(default=1000, ge=0)  # samples opened and rendered before the first step
 
     @field_validator("plan")
     @classmethod
@@ -83,12 +83,12 @@ class Stage(Config):
 class EvalSpec(Config):
     """The held-out evaluation at the end of a run."""
 
-    limit: int | None = Field(None, gt=0)  # examples of each source; None: all
-    batch_size: int = Field(16, gt=0)
-    max_new_tokens: int = Field(32, gt=0)
+    limit: int | None = Field(default=None, gt=0)  # examples of each source; None: all
+    batch_size: int = Field(default=16, gt=0)
+    max_new_tokens: int = Field(default=32, gt=0)
     shuffled: bool = True  # also with the pictures of other examples: does the model look?
-    loss_samples: int = Field(64, gt=0)  # examples of the held-out loss during training
-    examples: int = Field(24, ge=0)  # shown in the report
+    loss_samples: int = Field(default=64, gt=0)  # examples of the held-out loss during training
+    examples: int = Field(default=24, ge=0)  # shown in the report
 
 
 class Recipe(Config):

@@ -26,8 +26,8 @@ def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Consol
     """Run a recipe's stages and its evaluation; returns the trained VLM, in eval mode.
 
     ``vlm`` is trained instead of the model that the recipe names. ``resume`` goes on from the newest checkpoint in
-    ``recipe.out``: finished stages are loaded, not run again. Raises ConfigError, DataError and CheckpointError before the
-    first step, NotFinite at the first loss that is no number.
+    ``recipe.out``: finished stages are loaded, not run again. Raises ConfigError, DataError and CheckpointError before
+    the first step, NotFinite at the first loss that is no number.
     """
     console = console or Console()
     run = Run(recipe, vlm, console)
@@ -98,9 +98,11 @@ class Run:
 
     def evaluate(self) -> None:
         """The held-out evaluation of the last model, and the report of the run."""
-        comparison = evaluate_recipe(self.vlm, self.recipe, self.out, console=self.console) if self.held_out else None
-        path = write_run_report(self.recipe, self.out, comparison)
-        self.console.print(f"Report: {path}", highlight=False)
+        if self.held_out:
+            self.comparison = evaluate_recipe(self.vlm, self.recipe, self.out, console=self.console)
+        else:
+            write_run_report(self.recipe, self.out, None)
+        self.console.print(f"Report: {self.out / 'report.html'}", highlight=False)
 
     def _renderer(self, stage: Stage) -> Renderer:
         return Renderer(self.vlm.processor, stage.max_length, stage.pack)

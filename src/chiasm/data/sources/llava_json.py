@@ -2,7 +2,7 @@
 
 Source: ``docs/Data.md`` and ``train.py`` of haotian-liu/LLaVA c121f04; several images and videos as in LLaVA-NeXT.
 Differences by design: every ``<image>`` becomes an image part in its place, so that several in a turn stay several (the
-reference makes them one); a count of placeholders and media that do not agree is an error, not a sample without picture.
+reference makes them one); placeholders and media whose counts differ are an error, not a sample without picture.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Sources: visualqa.org "VQA Input Questions/Annotations Format" (v2.0); cocodatas
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from chiasm.data.base import Example, Source
 from chiasm.data.sources.records import SplitConfig, beside, need, read_json
@@ -15,8 +15,8 @@ from chiasm.types import Image, Message, Text
 
 
 class VqaJsonConfig(SplitConfig):
-    """``questions`` and ``annotations`` are VQA-v2 files. A picture's name is looked up in ``index`` (any file with COCO's
-    ``images`` list), or made from ``image_name`` and the picture's number.
+    """``questions`` and ``annotations`` are VQA-v2 files. A picture's name is looked up in ``index`` (any file with
+    COCO's ``images`` list), or made from ``image_name`` and the picture's number.
     """
 
     type: str = "vqa_json"
@@ -64,15 +64,15 @@ class VqaJson(Source):
 
 
 class CocoCaptionsConfig(SplitConfig):
-    """``file`` holds COCO's ``images`` and ``annotations``. ``per`` says what an example is: each caption, or each picture
-    (with all its captions accepted, for evaluation).
+    """``file`` holds COCO's ``images`` and ``annotations``. ``per`` says what an example is: each caption, or each
+    picture (with all its captions accepted, for evaluation).
     """
 
     type: str = "coco_captions"
     file: str
     images: str = ""
     prompt: str = "Describe the image in one sentence."
-    per: str = "caption"
+    per: Literal["caption", "picture"] = "caption"
     task: str = "caption"
 
 
@@ -84,8 +84,6 @@ class CocoCaptions(Source):
 
     def __init__(self, config: CocoCaptionsConfig):
         super().__init__(config)
-        if config.per not in ("caption", "picture"):
-            raise DataError(f"coco_captions: per is {config.per!r}; give caption or picture")
         names = _names(config.file)
         captions: dict[str, list[str]] = {}
         for record in need(read_json(config.file), "annotations", config.file):

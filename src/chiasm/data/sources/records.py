@@ -1,4 +1,4 @@
-"""What the file-backed sources share: reading JSON and JSONL with errors that name the place, and a split by picture."""
+"""What sources of files share: JSON and JSONL read with errors that name the place, and a split by picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SplitConfig(SourceConfig):
     """
 
     split: Literal["all", "train", "held_out"] = "all"
-    held_out: float = Field(0.2, gt=0, lt=1)
+    held_out: float = Field(default=0.2, gt=0, lt=1)
 
     def holds(self, picture: str) -> bool:
         """Whether a picture's examples are in the split."""
