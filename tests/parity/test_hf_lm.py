@@ -139,7 +139,7 @@ def test_models_that_cannot_be_packed_refuse():
         lm(lm.embed(ids), torch.tensor([[0, 1, 0, 1]]), segments)
     config = {"model_type": "bloom", **TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}
     bloom = randomise(HFLM(HFLM.Config(config=config)))
-    with pytest.raises(DataError, match="bloom.*turn packing off"):
+    with pytest.raises(DataError, match=r"bloom.*turn packing off"):
         bloom(bloom.embed(ids), torch.tensor([[0, 1, 0, 1]]), segments)
 
 

@@ -1,5 +1,5 @@
 """Language models."""
 
-from chiasm.lm import decoder
+from chiasm.lm import decoder, hf
 
-__all__ = ["decoder"]
+__all__ = ["decoder", "hf"]
