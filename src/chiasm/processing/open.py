@@ -37,8 +37,9 @@ Alpha = Literal["drop", "white"]
 PILLOW_LIMIT = 178_956_970
 """Pixels above which Pillow itself refuses a picture; also the default cap."""
 
-# Only formats whose decoder is a library in this process: EPS, for one, would start another program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO", "TGA")
+# Only formats whose decoder is a library in this process (EPS, for one, would start another program), and that begin
+# with a signature (TGA does not: any bytes may pass for one).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO")
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
