@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers as hf
-from lm_weights import llama_state, randomise
+from lm_weights import llama_state, randomise, rename_llama
+from safetensors.torch import load_file
 from toys import DECODER, Bytes, chat, conversations, model
 from transformers.generation import logits_process as theirs
 
@@ -13,6 +16,7 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.infer.engine import Answer, Engine, generate
 from chiasm.infer.sampling import Options, invert, keep_top_k, keep_top_p, penalise
 from chiasm.infer.steps import Afresh, Cached
+from chiasm.lm.tokenizer import Tokenizer
 
 SIZES = {
     **{"vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2},
@@ -192,7 +196,9 @@ def test_a_poisoned_padding_embedding_reaches_no_answer(beams):
     ours, batch = model(), conversations(4, seed=4)
     assert len({len(c[0]["ids"]) for c in batch}) > 1
     with torch.no_grad():
-        ours.lm.lm_head.weight[63] = 0  # so that the poisoned token is not among the best: fed back it would rightly spoil
+        ours.lm.lm_head.weight[63] = (
+            0  # so that the poisoned token is not among the best: fed back it would rightly spoil
+        )
     clean = generate(ours, Bytes((5,)), batch, max_new_tokens=10, num_beams=beams)
     with torch.no_grad():
         ours.lm.embedding.weight[63] = float("nan")
@@ -323,3 +329,28 @@ def test_right_padding_is_refused():
     batch = processor.batch([chat(3), chat(3, 4)], padding_side="right")
     with pytest.raises(DataError, match=r"sample '0'.*pad on the left"):
         Engine(ours, processor).start(batch, Options())
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stories260k_tells_its_story(shared_data, rows):
+    """A trained model and its tokenizer: 200 greedy tokens from BOS alone, as llama2.c's own test expects them."""
+    folder = shared_data / "weights" / "stories260K"
+    config, expected = (json.loads((folder / name).read_text()) for name in ("config.json", "expected.json"))
+    ours = model(
+        {
+            **{"type": "decoder", "vocab": 512, "dim": 64, "depth": 5, "heads": 8, "kv_heads": 4, "tied": True},
+            **{"mlp": config["intermediate_size"], "max_positions": config["max_position_embeddings"]},
+        }
+    )
+    ours.lm.load_state_dict(rename_llama(load_file(folder / "model.safetensors"), tied=True))
+    tokenizer = Tokenizer.from_folder(folder)
+    processor = Bytes((2,))
+    processor.decode = tokenizer.decode
+    batch = [chat(1), chat(1, 403, 407, 261), chat(1, 403)][:rows]
+    answers = generate(ours, processor, batch, max_new_tokens=200, return_details=True)
+    assert [1, *answers[0].ids] == expected["greedy_token_ids"]
+    assert answers[0].text.strip() == expected["greedy_text"].strip()
+    for question, answer in zip(batch, answers, strict=True):
+        whole = [*question[0]["ids"], *answer.ids]
+        assert whole[:201] == expected["greedy_token_ids"]

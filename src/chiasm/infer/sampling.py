@@ -50,7 +50,7 @@ class Sampler:
 
     def __init__(self, options: Options, rows: int):
         self.options = options
-        self.seeds = [options.seed if options.seed is not None else int.from_bytes(os.urandom(7), "big") for _ in range(rows)]
+        self.seeds = [fresh_seed() if options.seed is None else options.seed for _ in range(rows)]
         # Generators stay on the CPU: the same seed gives the same text on every device.
         self.generators = [torch.Generator(device="cpu").manual_seed(seed) for seed in self.seeds]
 
@@ -77,6 +77,11 @@ class Sampler:
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
         self.generators = [self.generators[row] for row in rows]
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system: torch's global generator is neither read nor advanced."""
+    return int.from_bytes(os.urandom(7), "big")
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:

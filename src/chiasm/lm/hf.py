@@ -47,7 +47,7 @@ class HFLM(LM):
         self.start_id = getattr(theirs, "decoder_start_token_id", None)
         self._takes_positions = "position_ids" in inspect.signature(self.model.base_model.forward).parameters
         self._head_checked = self._packing_checked = False
-        self.register_load_state_dict_post_hook(lambda module, _: fill_buffers(module.model))
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def embed(self, ids: Tensor) -> Tensor:
         """``ids [B, T]`` → ``[B, T, D]``."""
@@ -247,6 +247,10 @@ def fill_buffers(model: Any) -> None:
                 old = getattr(module, name)
                 module.register_buffer(name, torch.empty_like(old, device=device), persistent=False)
             model._init_weights(module)
+
+
+def _after_loading(lm: HFLM, _: Any) -> None:
+    fill_buffers(lm.model)
 
 
 def packed(segments: Tensor) -> bool:
