@@ -47,7 +47,10 @@ def count_dot(kind: str, layout: Layout) -> int:
 registry.register("modality", "dot")(Dot)
 registry.register("front_end", "dot")(DotFrontEnd)
 
-CONTROLS = ("<|im_start|>", "<|im_end|>", "<image>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+CONTROLS = (
+    *("<|im_start|>", "<|im_end|>", "<image>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<start_of_turn>", "<end_of_turn>"),
+)
 
 
 def gpt2(folder: Path, data: Path) -> Path:

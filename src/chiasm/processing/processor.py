@@ -101,6 +101,12 @@ class Processor:
         }
         placeholders = {kind: c.placeholder or "" for kind, c in config.media.items()}
         self.template: Template = self._make(template, placeholders)
+        lacking = [token for token in self.template.controls if token not in tokenizer.specials]
+        if lacking:
+            raise ConfigError(
+                f"the template writes {', '.join(map(repr, lacking))}, which this tokenizer does not have as control tokens: "
+                "they would be read as ordinary text; choose a template that fits the tokenizer or add the tokens to it"
+            )
         self._end_ids, self._end_string = self._answer_end()
         self._always = self._always_trained()
         self.fill_id = next(i for i in (tokenizer.pad_id, tokenizer.unk_id, 0) if i is not None)

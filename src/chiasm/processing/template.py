@@ -28,6 +28,7 @@ class Template:
 
     Config: type[TemplateConfig] = TemplateConfig
     end: str = ""  # the literal that closes an answer; generation stops on its control token, or on it as a string
+    controls: tuple[str, ...] = ()  # tokens the tokenizer must have; as ordinary text they would be no turn ends
     also_trained: str = ""  # the single tokens of this text are targets wherever a literal holds them
 
     def __init__(self, config: Any, tokens: Mapping[str, str], placeholders: Mapping[str, str]):
@@ -75,6 +76,7 @@ class TurnsConfig(TemplateConfig):
     media_at: Literal["front", "front_if_single", "inline"] = "front"
     media_wrap: tuple[str, str] = ("", "")
     media_suffix: str = "\n"  # after a medium that stands before the text of its turn
+    controls: tuple[str, ...] = ()  # the control tokens in these strings; a tokenizer without one of them is refused
     loss: Literal["answer", "llava_qwen", "all"] = "answer"
 
 
@@ -92,6 +94,7 @@ class TurnsTemplate(Template):
     def __init__(self, config: TurnsConfig, tokens: Mapping[str, str], placeholders: Mapping[str, str]):
         super().__init__(config, tokens, placeholders)
         self.end = self._fill(config.answer.end)
+        self.controls = config.controls
         if not self.end:
             raise ConfigError(
                 "template: answer.end is empty, so generation could never stop; give the token that ends it"

@@ -73,6 +73,7 @@ def _chatml(system: str | None, newline: str, **changes: Any) -> TurnsConfig:
         system_turn=Turn(prefix="<|im_start|>system\n", suffix="<|im_end|>" + newline),
         user_turn=Turn(prefix="<|im_start|>user\n", suffix="<|im_end|>" + newline),
         answer=Answer(prompt="<|im_start|>assistant\n", end="<|im_end|>", after=newline),
+        controls=("<|im_start|>", "<|im_end|>"),
         **changes,
     )
 
@@ -109,6 +110,7 @@ TEMPLATES: dict[str, TurnsConfig] = {
         system_turn=Turn(prefix="<|start_header_id|>system<|end_header_id|>\n\n", suffix="<|eot_id|>"),
         user_turn=Turn(prefix="<|start_header_id|>user<|end_header_id|>\n\n", suffix="<|eot_id|>"),
         answer=Answer(prompt="<|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eot_id|>"),
+        controls=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         strip=True,
         media_at="front_if_single",
     ),
@@ -118,6 +120,7 @@ TEMPLATES: dict[str, TurnsConfig] = {
         system_in_user=True,
         user_turn=Turn(prefix="<start_of_turn>user\n", suffix="<end_of_turn>\n"),
         answer=Answer(prompt="<start_of_turn>model\n", end="<end_of_turn>", after="\n"),
+        controls=("<start_of_turn>", "<end_of_turn>"),
         media_at="front_if_single",
     ),
     # For small models and new tokenizers: as few tokens as will do.
