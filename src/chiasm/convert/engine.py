@@ -25,14 +25,18 @@ def load_weights(
     rules: Sequence[AnyRule],
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    part: str = "",
+    others: bool = False,
 ) -> Plan:
     """Fill all parameters and buffers of ``module`` from ``weights``; gives the plan, with what was dropped and why.
+
+    With ``part``, only those whose names begin with it; with ``others``, the weights may hold tensors of other parts.
 
     A module on the meta device takes the tensors as they are read (in ``dtype``, on ``device``), one on another device
     has them copied into its own. Raises CheckpointError.
     """
-    wanted = module.state_dict(keep_vars=True)
-    plan = check(weights, wanted, rules)
+    wanted = {name: t for name, t in module.state_dict(keep_vars=True).items() if name.startswith(part)}
+    plan = check(weights, wanted, rules, others)
     result: dict[str, Tensor] = {}
     bad: list[str] = []
     with torch.no_grad():
@@ -55,7 +59,7 @@ def load_weights(
     bad += [
         f"{a!r} and {b!r} are one tensor of the model, but differ"
         for a, b in _pairs(wanted)
-        if not torch.equal(result[a], result[b])
+        if b in result and not torch.equal(result[a], result[b])
     ]
     if bad:
         fail(weights.origin, bad[: 2 * SHOWN], REMEDY)
@@ -63,12 +67,15 @@ def load_weights(
     return plan
 
 
-def check(weights: Weights, wanted: Mapping[str, Tensor], rules: Sequence[AnyRule]) -> Plan:
+def check(weights: Weights, wanted: Mapping[str, Tensor], rules: Sequence[AnyRule], others: bool = False) -> Plan:
     """The plan by which ``weights`` become the tensors ``wanted``. Raises CheckpointError listing what does not fit."""
     plan = plan_import(weights.info, rules)
     filled: set[str] = set()
-    unused = list(plan.unknown)
+    unused = [] if others else list(plan.unknown)
     misfits: list[str] = []
+    if others:
+        plan.steps = [step for step in plan.steps if set(step.targets) & wanted.keys()]
+        plan.tied = {}
     for step in plan.steps:
         if not set(step.targets) <= wanted.keys():
             unused += step.sources
@@ -79,7 +86,8 @@ def check(weights: Weights, wanted: Mapping[str, Tensor], rules: Sequence[AnyRul
     if unused:
         names = [f"{name!r} {list(weights.info[name].shape)}" for name in unused]
         problems.append(f"{len(unused)} tensors of the file have no place in the model: {_list(names)}")
-    missing = sorted(wanted.keys() - filled)
+    shared = {b: a for a, b in _pairs(wanted)}
+    missing = sorted(name for name in wanted.keys() - filled if shared.get(name) not in filled)
     if missing:
         theirs = _their_names(missing, rules)
         names = [f"{theirs.get(name) or name!r} {list(wanted[name].shape)}" for name in missing]
@@ -146,7 +154,7 @@ def _misfits(step: Step, weights: Weights, wanted: Mapping[str, Tensor]) -> list
 
 def _place(module: nn.Module, wanted: Mapping[str, Tensor], result: dict[str, Tensor]) -> None:
     """Copy or assign. Names that were one parameter stay one (a transformers model with a tied head)."""
-    if all(not tensor.is_meta for tensor in wanted.values()):
+    if not any(tensor.is_meta for tensor in wanted.values()):
         with torch.no_grad():
             for name, tensor in result.items():
                 wanted[name].copy_(tensor)

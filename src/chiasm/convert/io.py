@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -254,11 +254,11 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard: int = 
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: str | Path) -> Iterator[Path]:
+def replaced_folder(folder: str | Path, owned: Sequence[str] = ()) -> Iterator[Path]:
     """A new empty folder to write into, whose files take their places in ``folder`` when all of them are whole.
 
-    Files of an older checkpoint there (weights, their index) that the new one does not have are removed; files that are
-    none of a checkpoint's stay. ``config.json`` goes last, so a folder that was cut off while its files moved has none
+    Files of an older checkpoint there (weights, their index, those called as in ``owned``) that the new one does not
+    have are removed; all others stay. ``config.json`` goes last, so a folder that was cut off while its files moved has none
     and is not mistaken for a checkpoint.
     """
     folder = Path(folder)
@@ -272,7 +272,8 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
             (folder / "config.json").unlink()
         kept = {p.name for p in written}
         for old in folder.iterdir():
-            if old.is_file() and old.name not in kept and (old.suffix == ".safetensors" or old.name == INDEX):
+            stale = old.suffix == ".safetensors" or old.name == INDEX or old.name in owned
+            if stale and old.is_file() and old.name not in kept:
                 old.unlink()
         for path in written:
             os.replace(path, folder / path.name)

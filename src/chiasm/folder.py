@@ -1,0 +1,102 @@
+"""Our own checkpoint folder: ``config.json``, ``model.safetensors`` or shards, tokenizer files, ``fingerprint.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from chiasm.compose import build_model
+from chiasm.convert.engine import load_weights
+from chiasm.convert.io import Weights, open_weights, read_json, replaced_folder, write_json, write_weights
+from chiasm.convert.rules import AnyRule, rename
+from chiasm.errors import CheckpointError, FingerprintError
+from chiasm.fusion.base import Fusion
+from chiasm.lm.tokenizer import Tokenizer
+from chiasm.lm.tokenizer_files import NAMES
+from chiasm.model_config import VLMConfig
+from chiasm.processing.fingerprint import REMEDY, compare, fingerprint
+from chiasm.processing.processor import Processor, TokenizerLike
+
+FINGERPRINT = "fingerprint.json"
+SAME_NAMES: list[AnyRule] = [rename("{rest}", "{rest}")]
+
+
+def is_own(values: Any) -> bool:
+    """Whether a ``config.json`` with these values is of this layout, of any version."""
+    return isinstance(values, Mapping) and str(values.get("format", "")).startswith("chiasm/")
+
+
+def save(config: VLMConfig, model: Fusion, processor: Processor | None, folder: Path, max_shard: int) -> Path:
+    """Write everything aside, then move it into ``folder``. Raises CheckpointError for a model without memory."""
+    state = model.state_dict()
+    empty = [name for name, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{len(empty)} tensors have no memory ({empty[0]!r}, ...): a model on 'meta' cannot be saved"
+        )
+    bad = [n for n, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); such a model is not saved"
+        )
+    with replaced_folder(folder, owned=(*NAMES, FINGERPRINT)) as aside:
+        write_weights(aside, state, max_shard)
+        if processor is not None:
+            processor.tokenizer.save(aside)  # type: ignore[attr-defined]
+            write_json(aside / FINGERPRINT, fingerprint(processor))
+        saved = config.model_copy(update={"weights": {}, "tokenizer": None})
+        write_json(aside / "config.json", saved.dump())
+    return folder
+
+
+def load(
+    folder: Path,
+    values: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    ignore_fingerprint: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[VLMConfig, Fusion, Processor | None]:
+    """Configuration, filled network and processor. Raises FingerprintError where prompt or pixels changed."""
+    config = VLMConfig.parse(values, where=str(folder / "config.json"))
+    processor = None
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", FINGERPRINT)):
+        processor = Processor(config.processing, cast(TokenizerLike, Tokenizer.from_folder(folder)), config.model.count)
+        config = _verified(config, processor, folder, ignore_fingerprint)
+    model = filled(config, open_weights(folder, allow_pickle), SAME_NAMES, dtype, device)
+    return config, model, processor
+
+
+def filled(
+    config: VLMConfig,
+    weights: Weights,
+    rules: Sequence[AnyRule],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Fusion:
+    """The network of a configuration with the tensors of ``weights``, read one by one into their type and place."""
+    dtype = dtype or weights.dtype()
+    model = build_model(config.model, "meta", dtype)
+    load_weights(model, weights, rules, dtype, device)
+    lost = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if lost:  # a part computes buffers when it is built: build it where it will live
+        model = build_model(config.model, device or "cpu", dtype)
+        load_weights(model, weights, rules, dtype, device)
+    return model
+
+
+def _verified(config: VLMConfig, processor: Processor, folder: Path, ignore: bool) -> VLMConfig:
+    """Compare the fingerprint; with ``ignore`` a difference is written into the provenance instead of refused."""
+    if not (folder / FINGERPRINT).is_file():
+        difference: str | None = f"{FINGERPRINT} is missing"
+    else:
+        difference = compare(processor, read_json(folder / FINGERPRINT))
+    if difference is None:
+        return config
+    if not ignore:
+        raise FingerprintError(f"{folder}: {difference}. {REMEDY}")
+    provenance = config.provenance.add("loaded although its fingerprint differed", ignored=difference)
+    return config.model_copy(update={"provenance": provenance})

@@ -1,0 +1,40 @@
+"""A model's name as a folder of this machine: the folder itself, or a snapshot of the hub.
+
+The network is asked only for a name of the form ``owner/name`` that is no folder here, and then only for tensors,
+tables and tokenizer files. Remote code is never fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from chiasm.errors import CheckpointError
+
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+PICKLES = ["*.bin", "*.pt"]
+
+
+def local_folder(name: str | Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """The folder called ``name``, or of the hub's model of that name. Raises CheckpointError."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
+        raise CheckpointError(f"there is no folder {str(name)!r}, and it is no hub name (owner/name) either")
+    return _snapshot(str(name), revision, allow_pickle)
+
+
+def _snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = FILES + (PICKLES if allow_pickle else [])
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the client raises many kinds: no network, no such model, no permission
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"there is no folder {name!r} here, and the hub's model of that name could not be fetched: {reason}"
+        ) from None

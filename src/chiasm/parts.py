@@ -1,0 +1,152 @@
+"""The weights of one part of a model, read from a folder or file of another model: a base language model, a tower.
+
+The part's own configuration must be that of the folder, key by key; tensors are then as strict as for a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chiasm import registry
+from chiasm.config import PartConfig
+from chiasm.convert import maps
+from chiasm.convert.engine import load_weights
+from chiasm.convert.io import open_weights, read_json
+from chiasm.convert.rules import Alias, AnyRule, Drop, Rule, prefixed, rename
+from chiasm.encoders.vit import ViT
+from chiasm.errors import CheckpointError, ConfigError, nearest
+from chiasm.fusion.base import Fusion
+from chiasm.lm.decoder import Decoder
+from chiasm.model_config import VLMConfig
+from chiasm.presets.checkpoint import Options
+from chiasm.presets.hf_parts import Part, read_lm, read_tower, same_part
+
+
+def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = False) -> None:
+    """Fill the part of ``model`` called ``part`` from ``path``. Raises CheckpointError or ConfigError."""
+    path = Path(path)
+    config = part_config_of(model.config, part)
+    weights = open_weights(path, allow_pickle)
+    table = (path if path.is_dir() else path.parent) / "config.json"
+    whole, rules = _rules(part, config, read_json(table) if table.is_file() else None, table.parent)
+    load_weights(model, weights, rules, part=part + ".", others=whole)
+
+
+def part_config_of(config: Any, part: str) -> PartConfig:
+    """The configuration of a part by its name. Raises ConfigError that names the parts there are."""
+    known = {"lm": getattr(config, "lm", None)}
+    for group in ("encoders", "connectors"):
+        known |= {f"{group}.{name}": c for name, c in (getattr(config, group, None) or {}).items()}
+    if known.get(part) is None:
+        raise ConfigError(
+            f"the model has no part {part!r}; {nearest(part, [k for k, v in known.items() if v is not None])}"
+        )
+    return known[part]
+
+
+def read_part(folder: str | Path, part: str = "lm", **options: Any) -> PartConfig:
+    """The configuration of the part that a folder holds: ``read_part(folder, "lm")``, to compose a model around it.
+
+    ``options`` for encoders: ``layer`` and ``select``. Raises CheckpointError or ConfigError.
+    """
+    values = read_json(Path(folder) / "config.json")
+    if str(values.get("format", "")).startswith("chiasm/"):
+        return part_config_of(VLMConfig.parse(values).model, part)
+    return (read_lm(values) if part == "lm" else read_tower(values, **options)).config
+
+
+def _rules(part: str, config: PartConfig, values: Any, folder: Path) -> tuple[bool, list[AnyRule]]:
+    """Whether the files are of a whole model (of which one part is taken), and the rules."""
+    if not isinstance(values, Mapping):
+        return False, _bare(part, config)
+    if str(values.get("format", "")).startswith("chiasm/"):
+        other = VLMConfig.parse(values, where=str(folder / "config.json"))
+        _agree(config, part_config_of(other.model, part), part, folder)
+        return True, [rename("{rest}", "{rest}")]
+    for name in registry.names("checkpoint"):
+        reader = registry.get("checkpoint", name)()
+        if reader.recognises(values):
+            found = reader.read(folder, values, Options(template="plain"))
+            _agree(config, part_config_of(found.config.model, part), part, folder)
+            return True, found.rules
+    if part == "lm":
+        return False, prefixed(_language_model(config, read_lm(values), folder), "", "lm.")
+    if part.startswith("encoders."):
+        return False, prefixed(_tower(config, values, part, folder), "", part + ".")
+    return False, _bare(part, config)
+
+
+def _bare(part: str, config: PartConfig) -> list[AnyRule]:
+    """Files without a configuration: the original LLaVA's projector, or our own names, with or without the part's."""
+    prefix = part + "."
+    if part.startswith("connectors.") and config.type in ("mlp", "linear"):
+        theirs = maps.projector_mlp() if config.type == "mlp" else maps.projector_linear()
+        return [
+            Alias("model.mm_projector.{rest}", "{rest}"),
+            Alias("mm_projector.{rest}", "{rest}"),
+            *prefixed(theirs, "", prefix),
+            rename(prefix + "{rest}", prefix + "{rest}"),
+        ]
+    return [Alias(prefix + "{rest}", "{rest}"), rename("{rest}", prefix + "{rest}")]
+
+
+def _language_model(config: PartConfig, found: Part, folder: Path) -> list[AnyRule]:
+    theirs, rules = found.config, found.rules
+    if isinstance(config, Decoder.Config) and isinstance(theirs, Decoder.Config):
+        if config.vocab > theirs.vocab:
+            rules = [_longer(rule, config.vocab - theirs.vocab) for rule in rules]
+            theirs = theirs.model_copy(update={"vocab": config.vocab})
+        if config.rope_scaling is None and theirs.rope_scaling is None:  # then only a limit, and no arithmetic
+            theirs = theirs.model_copy(update={"max_positions": config.max_positions})
+    _agree(config, theirs, "lm", folder)
+    return rules
+
+
+def _longer(rule: AnyRule, rows: int) -> AnyRule:
+    """Rows of a vocabulary that the file does not have become the mean of those it has."""
+    if not isinstance(rule, Rule) or rule.ours not in (("embedding.weight",), ("lm_head.weight",)):
+        return rule
+
+    def forward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        table = tensors[0]
+        return [torch.cat([table, table.float().mean(0, keepdim=True).to(table.dtype).expand(rows, -1)])]
+
+    return replace(rule, forward=forward, backward=lambda tensors: [tensors[0][: len(tensors[0]) - rows]])
+
+
+def _tower(config: PartConfig, values: Mapping[str, Any], part: str, folder: Path) -> list[AnyRule]:
+    if not isinstance(config, ViT.Config):
+        found = read_tower(values, getattr(config, "layer", None), getattr(config, "select", "patch"))
+        _agree(config, found.config, part, folder)
+        return found.rules
+    found = read_tower(values)
+    theirs, rules = found.config, found.rules
+    if isinstance(theirs, ViT.Config) and config.depth < theirs.depth:
+        spare = range(config.depth, theirs.depth)
+        why = f"stands after the {config.depth} blocks that this model has"
+        stems = ("vision_model.encoder.layers", "encoder.layer")
+        rules = [*_drops(spare, stems, why), *rules]
+        theirs = theirs.model_copy(update={"depth": config.depth})
+    _agree(config, theirs, part, folder)
+    return rules
+
+
+def _drops(blocks: range, stems: tuple[str, ...], why: str) -> list[AnyRule]:
+    return [Drop(f"{stem}.{i}." + "{rest}", why) for stem in stems for i in blocks]
+
+
+def _agree(ours: PartConfig, theirs: PartConfig, part: str, folder: Path) -> None:
+    """Raises CheckpointError that lists the keys in which the two configurations differ."""
+    differences = same_part(ours, theirs)
+    if differences:
+        listed = ", ".join(f"{key} is {a!r} here, {b!r} there" for key, (a, b) in list(differences.items())[:6])
+        raise CheckpointError(
+            f"{part}: the configuration is not that of {folder}: {listed}; take it over with "
+            f"chiasm.parts.read_part({str(folder)!r}, {part!r}), or set these keys"
+        )

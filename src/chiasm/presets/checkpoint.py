@@ -1,0 +1,55 @@
+"""The contract of checkpoint readers: other projects' folders as configurations and weight rules of ours.
+
+A reader is registered as ``("checkpoint", name)`` and recognises a folder by what its ``config.json`` says, never by
+the name of the folder or of a file in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from chiasm.convert.io import Weights
+from chiasm.convert.rules import AnyRule
+from chiasm.errors import CheckpointError
+from chiasm.model_config import VLMConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may add to a folder that does not say everything about itself."""
+
+    template: Any = None  # the prompt template, where the folder has no chat template
+    vision_tower: Path | None = None  # the tower's folder, where the checkpoint does not hold it
+    allow_pickle: bool = False
+
+
+@dataclass
+class Checkpoint:
+    """A folder understood: what to build, which tensors to read, and how they are called."""
+
+    config: VLMConfig
+    weights: Weights
+    rules: list[AnyRule]
+    tokenizer: Path
+    notes: list[str] = field(default_factory=list)  # for the provenance
+
+
+class Reader:
+    """Reads one project's layout, and writes it where the layout can hold the model."""
+
+    name: ClassVar[str]
+
+    def recognises(self, values: Mapping[str, Any]) -> bool:
+        """Whether a ``config.json`` with these values is of this layout."""
+        raise NotImplementedError
+
+    def read(self, folder: Path, values: Mapping[str, Any], options: Options) -> Checkpoint:
+        """Everything but the tensors themselves. Raises CheckpointError or ConfigError."""
+        raise NotImplementedError
+
+    def write(self, folder: Path, vlm: Any, max_shard: int) -> None:
+        """Export ``vlm`` into an empty folder. Raises CheckpointError where the layout cannot hold it."""
+        raise CheckpointError(f"there is no export to the layout {self.name!r}")

@@ -1,0 +1,297 @@
+"""A model with its processor and configuration: load, build, generate, chat, save, export.
+
+vlm = chiasm.load("runs/mine")                       # our own folder, one of transformers, or an original LLaVA
+vlm.generate([{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, "What is this?"]}])
+vlm.save("runs/copy"); vlm.export("out", format="hf")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from chiasm import folder as own
+from chiasm import registry
+from chiasm.compose import build_model
+from chiasm.convert.io import read_json, replaced_folder
+from chiasm.errors import CheckpointError, ConfigError, nearest
+from chiasm.fusion.base import Fusion
+from chiasm.hub import local_folder
+from chiasm.infer.engine import generate, is_conversation
+from chiasm.lm.tokenizer import Tokenizer
+from chiasm.model_config import VLMConfig
+from chiasm.parts import load_part
+from chiasm.presets.checkpoint import Options, Reader
+from chiasm.processing.processor import Processor, TokenizerLike
+
+
+class VLM:
+    """A network (``model``), what prepares its input (``processor``) and what both were made from (``config``)."""
+
+    def __init__(self, config: VLMConfig, model: Fusion, processor: Processor | None = None):
+        self.config = config if processor is None else config.model_copy(update={"processing": processor.config})
+        self.model = model
+        self._processor = processor
+
+    @property
+    def processor(self) -> Processor:
+        """Renders conversations. Raises ConfigError where the model has no tokenizer yet."""
+        if self._processor is None:
+            raise ConfigError(
+                "this model has no tokenizer, so it can read no conversation: build it with "
+                "chiasm.build(config, tokenizer=folder), or set 'tokenizer' in the configuration"
+            )
+        return self._processor
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer  # type: ignore[return-value]
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether there is a tokenizer, and so a processor."""
+        return self._processor is not None
+
+    # ---------------------------------------------------------------------------------------------- text
+
+    def generate(self, messages: Sequence[Any], **options: Any) -> Any:
+        """The answer to one conversation, or to each of a list of conversations.
+
+        ``options``: ``max_new_tokens``, ``stream`` (an iterator of pieces), ``temperature``, ``top_k``, ``top_p``,
+        ``num_beams``, ``repetition_penalty``, ``stop``, ``seed``, ``return_details``: see ``chiasm.infer.engine``.
+        """
+        return generate(self.model, self.processor, messages, **options)
+
+    def chat(self, system: str | None = None, **options: Any) -> Chat:
+        """A conversation that remembers what was said. ``options`` are those of ``generate``."""
+        return Chat(self, system, options)
+
+    # ---------------------------------------------------------------------------------------------- parameters
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The network's parameters."""
+        return self.model.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The network's parameters by name (``encoders.image.*``, ``connectors.image.*``, ``lm.*``, ``newline``)."""
+        return self.model.named_parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's tensors by name."""
+        return self.model.state_dict()
+
+    def num_parameters(self, trainable: bool = False) -> int:
+        """How many numbers the network has, or how many of them are trained."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
+    def to(self, *args: Any, **kwargs: Any) -> VLM:
+        """Move or cast the network, as ``nn.Module.to``; gives the same object."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def eval(self) -> VLM:
+        """Evaluation mode."""
+        self.model.eval()
+        return self
+
+    def train(self, mode: bool = True) -> VLM:
+        """Training mode."""
+        self.model.train(mode)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return self.model.dtype
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    def load_part(self, part: str, path: str | Path, allow_pickle: bool = False) -> VLM:
+        """Read the weights of one part (``"lm"``, ``"encoders.image"``, ``"connectors.image"``) from a folder or file.
+
+        The folder is one of transformers, of this package or, for a connector, of the original LLaVA. Raises
+        CheckpointError where its configuration or a tensor does not fit.
+        """
+        load_part(self.model, part, path, allow_pickle)
+        note = f"weights of {part} read from {path}"
+        provenance = self.config.provenance.add(note, base={part: str(path)})
+        self.config = self.config.model_copy(update={"provenance": provenance})
+        return self
+
+    def save(self, folder: str | Path, max_shard: int = 5_000_000_000) -> Path:
+        """Write a folder that ``chiasm.load`` reads: configuration, weights, tokenizer, fingerprint.
+
+        Files are written aside and moved into place when all are whole. ``max_shard`` is in bytes.
+        """
+        return own.save(self.config, self.model, self._processor, Path(folder), max_shard)
+
+    def export(self, folder: str | Path, format: str = "hf", max_shard: int = 5_000_000_000) -> Path:
+        """Write another library's layout. ``"hf"``: the LLaVA classes of transformers.
+
+        Raises CheckpointError that names what the layout cannot hold.
+        """
+        writers = {reader.name: reader for reader in readers() if type(reader).write is not Reader.write}
+        if format not in writers:
+            raise CheckpointError(f"there is no export to {format!r}; {nearest(format, writers)}")
+        with replaced_folder(folder) as aside:
+            writers[format].write(aside, self, max_shard)
+        return Path(folder)
+
+    def __repr__(self) -> str:
+        name = self.config.provenance.preset or self.config.model.type
+        return f"VLM({name}, {self.num_parameters():,} parameters, {self.dtype}, {self.device})"
+
+
+class Chat:
+    """A conversation with a model. ``say`` adds a turn and gives the answer; ``messages`` is what was said so far."""
+
+    def __init__(self, vlm: VLM, system: str | None = None, options: Mapping[str, Any] | None = None):
+        self.vlm, self.options = vlm, dict(options or {})
+        self.messages: list[dict[str, Any]] = []
+        self._system = system
+        self.clear()
+
+    def say(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> str:
+        """One turn with pictures and clips before its text; the answer. A turn that fails is not remembered."""
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        content += [{"type": "video", "video": video} for video in videos]
+        content.append({"type": "text", "text": text})
+        turn = {"role": "user", "content": content}
+        answer = self.vlm.generate([*self.messages, turn], **{**self.options, **options})
+        self.messages += [turn, {"role": "assistant", "content": answer}]
+        return answer
+
+    def clear(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+
+# ------------------------------------------------------------------------------------------------------ build and load
+
+
+def build(
+    config: VLMConfig | Mapping[str, Any],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> VLM:
+    """A freshly initialised model, with the weights that ``config.weights`` names.
+
+    On ``"meta"`` it has shapes but no memory, and no weights are read. ``tokenizer`` (an object or a folder) overrides
+    that of the configuration; without one the model has no processor. Raises ConfigError or CheckpointError.
+    """
+    config = VLMConfig.parse(config)
+    source = tokenizer if tokenizer is not None else config.tokenizer
+    if source is not None and not isinstance(source, Tokenizer):
+        source = Tokenizer.from_folder(source)
+    model = build_model(config.model, device, as_dtype(dtype))
+    processor = None
+    if source is not None:
+        _check_vocab(config, source)
+        processor = Processor(config.processing, cast(TokenizerLike, source), config.model.count)
+    vlm = VLM(config, model, processor)
+    if torch.device(device).type != "meta":
+        for part, path in config.weights.items():
+            vlm.load_part(part, path)
+    return vlm
+
+
+def load(
+    name: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    *,
+    ignore_fingerprint: bool = False,
+    template: Any = None,
+    vision_tower: str | Path | None = None,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+) -> VLM:
+    """A model from a folder (ours, of transformers, of the original LLaVA), or from the hub where ``name`` is none.
+
+    What a folder is is read from its ``config.json``, never from a name. ``dtype`` None keeps the type that the weights
+    are stored in. ``template`` (a name or its data) is for folders that carry no chat template, ``vision_tower`` for
+    checkpoints that do not hold their tower. ``allow_pickle`` permits weights that are pickles. ``ignore_fingerprint``
+    loads although prompt or pixels changed; it is recorded. The model is in evaluation mode.
+
+    Raises CheckpointError (FingerprintError) or ConfigError.
+    """
+    path = local_folder(name, revision, allow_pickle)
+    values = read_json(path / "config.json")
+    if own.is_own(values):
+        config, model, processor = own.load(
+            path, values, as_dtype(dtype), device, ignore_fingerprint, allow_pickle=allow_pickle
+        )
+        return VLM(config, model, processor).eval()
+    options = Options(template, None if vision_tower is None else Path(vision_tower), allow_pickle)
+    found = reader_of(values, path).read(path, values, options)
+    tokenizer = Tokenizer.from_folder(found.tokenizer)
+    model = own.filled(found.config, found.weights, found.rules, as_dtype(dtype), device)
+    note = f"read from {name} (transformers or original layout)"
+    config = found.config.model_copy(update={"provenance": found.config.provenance.add(note, *found.notes)})
+    processor = Processor(config.processing, cast(TokenizerLike, tokenizer), config.model.count)
+    return VLM(config, model, processor).eval()
+
+
+def read_config(folder: str | Path) -> VLMConfig:
+    """The configuration of a folder of ours, of transformers or of the original LLaVA, without its weights."""
+    path = Path(folder)
+    values = read_json(path / "config.json")
+    if own.is_own(values):
+        return VLMConfig.parse(values, where=str(path / "config.json"))
+    return reader_of(values, path).read(path, values, Options()).config
+
+
+def readers() -> list[Reader]:
+    """One object of each registered checkpoint reader."""
+    return [registry.get("checkpoint", name)() for name in registry.names("checkpoint")]
+
+
+def reader_of(values: Any, path: Path) -> Reader:
+    """The reader that recognises a configuration. Raises CheckpointError where none or several do."""
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{path / 'config.json'} holds {type(values).__name__}, a table was expected")
+    found = [reader for reader in readers() if reader.recognises(values)]
+    if len(found) == 1:
+        return found[0]
+    kind = values.get("model_type")
+    if found:
+        names = ", ".join(type(reader).__name__ for reader in found)
+        raise CheckpointError(f"{path}: {names} each take this config.json (model_type {kind!r}) for theirs")
+    raise CheckpointError(
+        f"{path}: no reader knows this config.json (model_type {kind!r}, no 'format' of ours); a language model or a "
+        "tower alone is read into a composed model: weights: {lm: FOLDER} in its configuration, or "
+        "vlm.load_part('lm', FOLDER)"
+    )
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch type from its name. Raises ConfigError."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"unknown dtype {dtype!r}; {nearest(dtype, ['float32', 'bfloat16', 'float16', 'float64'])}")
+    return found
+
+
+def _check_vocab(config: VLMConfig, tokenizer: Tokenizer) -> None:
+    vocab = getattr(config.model.lm, "vocab", None)
+    if vocab is not None and len(tokenizer) > vocab:
+        raise ConfigError(
+            f"the tokenizer has ids up to {len(tokenizer) - 1} but the language model {vocab} rows; set "
+            f"model.lm.vocab to at least {len(tokenizer)}"
+        )
+
+
+__all__ = ["VLM", "Chat", "build", "is_conversation", "load", "read_config"]
