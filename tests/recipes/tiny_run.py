@@ -8,14 +8,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from chiasm.compose import build_model
 from chiasm.data.loader import Renderer
-from chiasm.infer.engine import generate
-from chiasm.lm.tokenizer import Tokenizer
-from chiasm.model_config import VLMConfig
-from chiasm.processing.processor import Processor
+from chiasm.vlm import VLM, build
 
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 220), "yellow": (230, 210, 30)}
 CHARACTERS = "\n !\"'(),-./0123456789:?ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"
@@ -56,49 +51,45 @@ def model_config(dim: int = 32) -> dict[str, Any]:
         "model": {
             "type": "splice",
             "encoders": {
-                "image": dict(type="vit", image_size=16, patch=8, dim=32, depth=2, heads=2, mlp=64, cls=False),
+                "image": {
+                    "type": "vit",
+                    "image_size": 16,
+                    "patch": 8,
+                    "dim": 32,
+                    "depth": 2,
+                    "heads": 2,
+                    "mlp": 64,
+                    "cls": False,
+                },
             },
             "connectors": {"image": {"type": "mlp"}},
-            "lm": dict(
-                type="decoder",
-                **{"vocab": 5 + len(CHARACTERS), "dim": dim, "depth": 2, "heads": 2, "kv_heads": 1, "mlp": 64},
-                max_positions=256,
-            ),
+            "lm": {
+                "type": "decoder",
+                "max_positions": 256,
+                "vocab": 5 + len(CHARACTERS),
+                "dim": dim,
+                "depth": 2,
+                "heads": 2,
+                "kv_heads": 1,
+                "mlp": 64,
+            },
         },
         "processing": {
             "template": "simple",
-            "media": {"image": dict(type="image", size=16, fit="squash", mean=(0.5,) * 3, std=(0.5,) * 3)},
+            "media": {"image": {"type": "image", "size": 16, "fit": "squash", "mean": [0.5] * 3, "std": [0.5] * 3}},
         },
     }
 
 
-class Tiny:
-    """As much of a VLM as training and evaluation ask for."""
-
-    def __init__(self, model: Any, processor: Processor, config: VLMConfig):
-        self.model, self.processor, self.config = model, processor, config
-
-    def generate(self, conversations: Any, **options: Any) -> Any:
-        return generate(self.model, self.processor, conversations, **options)
-
-    def save(self, folder: Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(self.model.state_dict(), Path(folder) / "model.safetensors")
-
-
-def tiny_vlm(folder: Path, seed: int = 0) -> Any:
-    """The tiny model and its processor, without saving or loading."""
-    config = VLMConfig.parse(model_config())
+def tiny_vlm(folder: Path, seed: int = 0) -> VLM:
+    """The tiny model, with biases and norms away from 0 and 1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build_model(config.model)
-        for p in model.parameters():
-            if p.ndim == 1:  # biases and norms away from 0 and 1
+        vlm = build(model_config(), tokenizer=tokenizer_folder(folder / "tokenizer"))
+        for p in vlm.parameters():
+            if p.ndim == 1:
                 p.data += 0.1 * torch.randn_like(p)
-    processor = Processor(
-        config.processing, Tokenizer.from_folder(tokenizer_folder(folder / "tokenizer")), config.model.count
-    )
-    return Tiny(model.eval(), processor, config)
+    return vlm.eval()
 
 
 def renderer(vlm: Any, **settings: Any) -> Renderer:

@@ -62,8 +62,11 @@ class StageReport:
 
     def lines(self) -> list[Line]:
         """The curves of the loss."""
-        names = (("training", "train", "loss"), ("held-out", "held", "held_out/loss"))
-        names += (("held-out, shuffled pictures", "mixed", "held_out/loss_shuffled"),)  # type: ignore[assignment]
+        names = (
+            ("training loss", "train", "loss"),
+            ("held-out loss with shuffled pictures", "mixed", "held_out/loss_shuffled"),
+            ("held-out loss", "held", "held_out/loss"),
+        )
         found = [(n, kind, [(r["step"], r[key]) for r in self.log if key in r]) for n, kind, key in names]
         return [Line(n, kind, points, smooth=kind == "train") for n, kind, points in found if points]
 

@@ -47,16 +47,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def plan_table(stage: str, plan: Plan) -> Table:
+def print_plan(console: Console, stage: str, plan: Plan) -> None:
     """The plan as a table: part, parameters, what happens to them, learning rate."""
     share = 100 * plan.trainable / plan.total
-    table = Table(
-        title=f"Stage {stage}: trains {plan.trainable:,} of {plan.total:,} parameters ({share:.1f} %)",
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        box=None,
-    )
+    console.print(f"[bold]Stage {stage}[/] trains {plan.trainable:,} of {plan.total:,} parameters ({share:.1f} %)")
+    table = Table(header_style="bold", box=None)
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("plan")
@@ -64,7 +59,7 @@ def plan_table(stage: str, plan: Plan) -> Table:
     for row in plan.rows:
         style = None if row.trainable else "dim"
         table.add_row(row.part, f"{row.parameters:,}", row.action, f"{row.lr:g}" if row.lr else "", style=style)
-    return table
+    console.print(table)
 
 
 class Bars:

@@ -23,7 +23,7 @@ from chiasm.data.loader import BatchPlan, Renderer, Spec, load
 from chiasm.data.mixture import Mixture
 from chiasm.errors import CheckpointError, ChiasmError, DataError
 from chiasm.train import checkpoint, optim
-from chiasm.train.log import Bars, JsonLog, plan_table
+from chiasm.train.log import Bars, JsonLog, print_plan
 from chiasm.train.objectives.base import Objective
 from chiasm.train.plan import Plan, apply, resolve, set_modes
 from chiasm.train.recipe import Stage
@@ -96,7 +96,7 @@ class StageRun:
         self.masters = optim.Masters(self.model, self.plan, self.low)
         self.optimizer = optim.adamw(self.masters, self.plan, self.stage.weight_decay, self.stage.betas)
         self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
-        self.console.print(plan_table(self.stage.name, self.plan))
+        print_plan(self.console, self.stage.name, self.plan)
         try:
             with torch.random.fork_rng():  # dropout may draw from the global generator; the caller's is left as it was
                 torch.manual_seed(self.seed)

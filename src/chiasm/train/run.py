@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Run:
             self.vlm = load(json.loads(done.read_text())["model"], device=best_device(self.recipe.device))
             self.console.print(f"Stage {stage.name} was finished before; its model is loaded", highlight=False)
             return
+        done.unlink(missing_ok=True)
         renderer = self._renderer(stage)
         run = StageRun(
             *(self.vlm.model, renderer, stage, self.mixture, folder),
@@ -94,6 +96,9 @@ class Run:
         self.vlm.save(model)
         (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
         done.write_text(json.dumps({"model": str(model), "steps": run.steps}))
+        shutil.rmtree(
+            folder / "checkpoints", ignore_errors=True
+        )  # the stage can no longer be resumed, only its model used
         self.console.print(f"Stage {stage.name} done: model in {model}", highlight=False)
 
     def evaluate(self) -> None:

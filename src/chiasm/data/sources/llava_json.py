@@ -52,7 +52,8 @@ class LlavaJson(Source):
         where = f"{self.config.file}, sample {id!r}"
         media = [*self._media(record, "image"), *self._media(record, "video")]
         turns = need(record, "conversations", where)
-        found = sum(len(PLACEHOLDER.findall(str(turn.get("value", "")))) for turn in turns)
+        texts = [str(need(turn, "value", f"{where}, turn {i + 1}")) for i, turn in enumerate(turns)]
+        found = sum(len(PLACEHOLDER.findall(text)) for text in texts)
         if found != len(media):
             raise DataError(
                 f"{where}: has {found} placeholders <image> or <video> in its conversation but {len(media)} media; "
