@@ -53,7 +53,7 @@ def answer_ids(ours, stops: tuple[int, ...], batch: list[list[int]], **options) 
     return [answer.ids for answer in details]
 
 
-# ------------------------------------------------------------------------------------------------- the choice of a token
+# ------------------------------------------------------------------------------------------------- choosing a token
 
 
 @pytest.mark.parametrize("k", [1, 3, 64, 100])

@@ -13,8 +13,6 @@ The sliding window is one for all layers. No dropout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -25,16 +23,11 @@ from torch import Tensor, nn
 from chiasm.lm.base import LM, Cross, LMConfig
 from chiasm.nn.cache import KVCache
 from chiasm.nn.masks import Attend, causal
+from chiasm.nn.mlp import activation
 from chiasm.nn.norm import RMSNorm
 from chiasm.nn.rope import Rope, RopeScaling, rotate
 from chiasm.registry import register
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 Turn = tuple[Tensor, Tensor]  # cosines and sines, [B, 1, T, rotary]
 
 
@@ -194,7 +187,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.dim, config.mlp, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.dim, config.mlp, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.mlp, config.dim, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = activation(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, T, D]`` → ``[B, T, D]``."""
