@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image as Pictures
 
-from chiasm.data.sources.playground.scenes import PLACES, Scene, Scenes, Thing, paint, vary
+from chiasm.data.sources.playground.scenes import PLACES, Scene, Scenes, Thing, grid, paint, vary
 from chiasm.data.sources.playground.world import COLORS, Family, Question, Split
 from chiasm.errors import DataError
 from chiasm.types import Image, Media
@@ -52,7 +52,11 @@ class Digits(Family):
     """Which digit, where, of which colour; the largest, the smallest, the sum."""
 
     name = "digit"
-    kinds = ("digit_of_color", "digit_at", "color_of_digit", "largest", "smallest", "sum", "greater", "count_digits")
+    kinds = (
+        *("digit_of_color", "digit_at", "color_of_digit", "count_digits"),
+        *("largest", "smallest", "sum", "greater"),
+        "grid",
+    )
     balanced: ClassVar[dict[str, tuple[str, ...]]] = {"greater": ("yes", "no"), "count_digits": ("1", "2", "3")}
 
     def sample(self, rng: Random, split: Split) -> Scene:
@@ -86,6 +90,8 @@ class Digits(Family):
 
     def ask(self, thing: Scene, kind: str, rng: Random) -> Question | None:
         """A question of this kind, or None."""
+        if kind == "grid":
+            return grid(thing)
         digits = [t for t in thing if t.ink is not None]
         values = [int(t.name) for t in digits]
         target = rng.choice(digits)

@@ -59,6 +59,7 @@ class Scenes(Family):
         *("color", "shape", "where", "what", "size"),
         *("count_all", "count_color", "count_shape"),
         *("relation", "relative_color", "relative_shape"),
+        "grid",
     )
     balanced: ClassVar[dict[str, tuple[str, ...]]] = {
         "size": SIZES,
@@ -89,6 +90,8 @@ class Scenes(Family):
 
     def ask(self, thing: Scene, kind: str, rng: Random) -> Question | None:
         """A question of this kind, or None."""
+        if kind == "grid":
+            return grid(thing)
         if kind == "count_all":
             return Question(kind, "How many objects are there?", str(len(thing)))
         if kind == "count_color":
@@ -100,6 +103,12 @@ class Scenes(Family):
         if kind in ("relation", "relative_color", "relative_shape"):
             return _relation(thing, kind, rng)
         return _attribute(thing, kind, rng)
+
+
+def grid(scene: Scene) -> Question:
+    """What is at each of the nine places, row by row: ``nothing, red circle, nothing, ...``."""
+    found = {t.place: t.words for t in scene}
+    return Question("grid", "What is at each place?", ", ".join(found.get(p, "nothing") for p in range(9)))
 
 
 def _attribute(scene: Scene, kind: str, rng: Random) -> Question | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ TASKS: dict[str, Task] = {
     "document": Task(BILLS, BILLS.kinds),
     "comparison": Task(PAIRS, PAIRS.kinds),
     "clip": Task(CLIPS, CLIPS.kinds),
+    "scene_grid": Task(SCENES, ("grid",)),
+    "digit_grid": Task(DIGITS, ("grid",)),
     "caption": Task(SCENES, ("caption",)),
     "digit_caption": Task(DIGITS, ("caption",)),
     "chart_caption": Task(CHARTS, ("caption",)),
@@ -53,7 +56,7 @@ TASKS: dict[str, Task] = {
     "clip_caption": Task(CLIPS, ("caption",)),
 }
 SCENE_AND_DIGIT_TASKS = ("scene_qa", "scene_count", "scene_reasoning", "scene_turns", "digit_qa", "digit_reasoning")
-CAPTION_TASKS = tuple(name for name, task in TASKS.items() if task.kinds == ("caption",))
+CAPTION_TASKS = tuple(name for name, task in TASKS.items() if task.kinds[0] in ("caption", "grid"))
 QUESTION_TASKS = tuple(name for name in TASKS if name not in CAPTION_TASKS)
 
 
@@ -100,6 +103,21 @@ class Playground(Source):
         thing, task, questions, rng = self.compose(index)
         media = task.family.draw(thing, self.config.size, rng)
         return self.example(index, questions, media)
+
+    def hint(self, index: int) -> int:
+        """About how many characters an example has, by its task alone: nothing is drawn."""
+        return self._lengths[index % len(self.config.tasks)]
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """The mean length of a few examples of each task."""
+        step, few = len(self.config.tasks), 6
+        found = []
+        for task in range(step):
+            indices = range(task, min(self.config.length, task + few * step), step)
+            texts = [sum(len(q.text) + len(q.answer) for q in self.compose(i)[2]) for i in indices]
+            found.append(round(sum(texts) / max(1, len(texts))))
+        return found
 
     def compose(self, index: int) -> tuple[Any, Task, list[Question], Random]:
         """Thing and questions of an example, not drawn yet. The last question is the one that is scored."""
