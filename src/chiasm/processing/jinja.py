@@ -63,17 +63,20 @@ class JinjaTemplate(Template):
         outline = self._run(messages, names, add_generation_prompt, where)
         truth = self._run(messages, texts, add_generation_prompt, where)
         written = _fit(outline, truth, names, texts, where)
-        roles = [m for m in messages for p in m.parts if isinstance(p, Text)]
+        owners = [m for m in messages for p in m.parts if isinstance(p, Text)]
         pieces, inside = [], False
         for run in re.split("([" + "".join(map(re.escape, [*names, BEGIN, END])) + "])", outline):
             if run in (BEGIN, END):
                 inside = run == BEGIN
             elif run in names:
                 index = names.index(run)
-                learn = roles[index].role == "assistant" and roles[index].train is not False
+                owner = owners[index]
+                learn = owner.role == "assistant" and owner.train is not False
                 pieces.append((Piece(written[index], train=learn), inside))
-                if roles[index].role == "assistant" and self.config.answer_end:
+                closed = index + 1 == len(owners) or owners[index + 1] is not owner
+                if owner.role == "assistant" and self.config.answer_end and closed:
                     pieces.append((Piece(self.config.answer_end, literal=True, train=learn), inside))
+                    inside = False  # what a block renders after the end is never generated
             elif run:
                 pieces += [(piece, inside) for piece in self._media(run)]
         marked = BEGIN in outline
