@@ -14,17 +14,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from chiasm import folder as own
 from chiasm import registry
+from chiasm.checkpoints import folder as own
+from chiasm.checkpoints.hub import local_folder
+from chiasm.checkpoints.parts import load_part
 from chiasm.compose import build_model
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
-from chiasm.hub import local_folder
 from chiasm.infer.engine import generate, is_conversation
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
-from chiasm.parts import load_part
 from chiasm.presets.checkpoint import Options, Reader
 from chiasm.processing.processor import Processor, TokenizerLike
 

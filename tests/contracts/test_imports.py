@@ -23,7 +23,7 @@ STEPS: dict[str, int] = {
     "fusion": 3,
     **dict.fromkeys(("compose", "model_config"), 4),
     "presets": 5,
-    "infer": 6,
+    **dict.fromkeys(("infer", "checkpoints"), 6),
     "vlm": 7,
     "data": 8,
     "report": 9,  # shows examples of data

@@ -258,8 +258,8 @@ def replaced_folder(folder: str | Path, owned: Sequence[str] = ()) -> Iterator[P
     """A new empty folder to write into, whose files take their places in ``folder`` when all of them are whole.
 
     Files of an older checkpoint there (weights, their index, those called as in ``owned``) that the new one does not
-    have are removed; all others stay. ``config.json`` goes last, so a folder that was cut off while its files moved has none
-    and is not mistaken for a checkpoint.
+    have are removed; all others stay. ``config.json`` goes last, so a folder that was cut off while its files moved has
+    none and is not mistaken for a checkpoint.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

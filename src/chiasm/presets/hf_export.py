@@ -113,12 +113,12 @@ def _video(image: Stream, video: Stream | None) -> tuple[str, dict[str, Any]]:
     frames: Any = video.merge
     pool = video.pool
     shape = (pool.mode, pool.stride, video.pool_at) if pool else None
-    if merge.max_tiles is not None and frames.type == "frames" and frames.newline == "one_token":
-        if shape == ("bilinear", 2, "after"):
-            return "llava_onevision", {"vision_aspect_ratio": f"anyres_max_{merge.max_tiles}"}
-    elif merge.max_tiles is None and frames.type == "frames" and frames.newline == "none" and pool is not None:
-        if pool.mode in ("average", "max") and video.pool_at == "before":
-            return "llava_next_video", {"spatial_pool_mode": pool.mode, "spatial_pool_stride": pool.stride}
+    ended = merge.max_tiles is not None and frames.type == "frames" and frames.newline == "one_token"
+    if ended and shape == ("bilinear", 2, "after"):
+        return "llava_onevision", {"vision_aspect_ratio": f"anyres_max_{merge.max_tiles}"}
+    plain = merge.max_tiles is None and frames.type == "frames" and frames.newline == "none"
+    if plain and pool is not None and pool.mode in ("average", "max") and video.pool_at == "before":
+        return "llava_next_video", {"spatial_pool_mode": pool.mode, "spatial_pool_stride": pool.stride}
     raise CheckpointError(
         f"export: no class of transformers has a counterpart of video with pool {shape}, newline "
         f"{getattr(frames, 'newline', None)!r} beside max_tiles={merge.max_tiles}"
@@ -133,8 +133,8 @@ def _processor_files(
     template = processor.config.template
     if not isinstance(template, JinjaConfig):
         raise CheckpointError(
-            f"export: template {template.type!r} has no counterpart: transformers reads Jinja chat templates only; load the "
-            "model with template={'type': 'jinja', 'source': ...}, which must render the same prompts"
+            f"export: template {template.type!r} has no counterpart: transformers reads Jinja chat templates only; "
+            "load the model with template={'type': 'jinja', 'source': ...}, which must render the same prompts"
         )
     processor.tokenizer.save(folder)
     (folder / "chat_template.jinja").write_text(template.source or "", encoding="utf-8")
@@ -164,8 +164,8 @@ def _token(vlm: Any, kind: str) -> int:
     index = None if token is None else vlm.processor.tokenizer.id_of(token)
     if index is None:
         raise CheckpointError(
-            f"export: transformers needs a token for {kind}s in the vocabulary; {token!r} is none: add it to the tokenizer, and "
-            "rows to the language model"
+            f"export: transformers needs a token for {kind}s in the vocabulary; {token!r} is none: add it to the "
+            "tokenizer, and rows to the language model"
         )
     return index
 

@@ -40,13 +40,11 @@ def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = F
 
 def part_config_of(config: Any, part: str) -> PartConfig:
     """The configuration of a part by its name. Raises ConfigError that names the parts there are."""
-    known = {"lm": getattr(config, "lm", None)}
+    known: dict[str, PartConfig] = {} if getattr(config, "lm", None) is None else {"lm": config.lm}
     for group in ("encoders", "connectors"):
         known |= {f"{group}.{name}": c for name, c in (getattr(config, group, None) or {}).items()}
-    if known.get(part) is None:
-        raise ConfigError(
-            f"the model has no part {part!r}; {nearest(part, [k for k, v in known.items() if v is not None])}"
-        )
+    if part not in known:
+        raise ConfigError(f"the model has no part {part!r}; {nearest(part, known)}")
     return known[part]
 
 
@@ -148,5 +146,5 @@ def _agree(ours: PartConfig, theirs: PartConfig, part: str, folder: Path) -> Non
         listed = ", ".join(f"{key} is {a!r} here, {b!r} there" for key, (a, b) in list(differences.items())[:6])
         raise CheckpointError(
             f"{part}: the configuration is not that of {folder}: {listed}; take it over with "
-            f"chiasm.parts.read_part({str(folder)!r}, {part!r}), or set these keys"
+            f"chiasm.checkpoints.parts.read_part({str(folder)!r}, {part!r}), or set these keys"
         )

@@ -1,4 +1,4 @@
-"""Our own checkpoint folder: ``config.json``, ``model.safetensors`` or shards, tokenizer files, ``fingerprint.json``."""
+"""Our own folder: ``config.json``, ``model.safetensors`` or shards, tokenizer files, ``fingerprint.json``."""
 
 from __future__ import annotations
 
