@@ -59,7 +59,9 @@ NASTY = [
 
 
 def processor(template: Any, tokenizer: Any, **changes: Any) -> Processor:
-    return Processor(ProcessingConfig(template=template, media={"dot": {"type": "dot"}}, **changes), tokenizer, count_dot)
+    return Processor(
+        ProcessingConfig(template=template, media={"dot": {"type": "dot"}}, **changes), tokenizer, count_dot
+    )
 
 
 def turns(count: int, answers: list[str], medium: bool = True) -> list[Message]:
@@ -74,7 +76,11 @@ def turns(count: int, answers: list[str], medium: bool = True) -> list[Message]:
 @pytest.mark.parametrize("name", STRINGS)
 def test_strings(name: str, tokenizers: dict) -> None:
     tokenizer = tokenizers["llama" if "{" in TEMPLATES[name].between + TEMPLATES[name].answer.end else "gpt2"]
-    messages = [Message("user", (Dot(1), Text("U1"))), Message("assistant", (Text("A1"),)), Message("user", (Text("U2"),))]
+    messages = [
+        Message("user", (Dot(1), Text("U1"))),
+        Message("assistant", (Text("A1"),)),
+        Message("user", (Text("U2"),)),
+    ]
     assert processor(name, tokenizer).prompt(messages) == STRINGS[name]
 
 
@@ -203,7 +209,9 @@ def test_media_places(tokenizers: dict) -> None:
     inline = (Text("Compare "), Dot(1), Text(" with "), Dot(2), Text("."))
     asked = "<|im_start|>user\nCompare <image> with <image>.<|im_end|>"
     assert asked in processor("qwen_1_5", own).prompt([Message("user", inline)])
-    assert "USER: <image>\n<image>\nCompare  with . ASS" in processor("v1", tokenizers["llama"]).prompt([Message("user", inline)])
+    assert "USER: <image>\n<image>\nCompare  with . ASS" in processor("v1", tokenizers["llama"]).prompt(
+        [Message("user", inline)]
+    )
     front = (Dot(1), Dot(2), Text("Which?"))
     assert "user\n<image>\n<image>\nWhich?<|im_end|>" in processor("qwen_1_5", own).prompt([Message("user", front)])
     newline = (Dot(1), Text("\n"), Dot(2), Text("\nWhich?"))

@@ -108,13 +108,29 @@ def llama_prepend(model: Path) -> Tokenizer:
 
 def words(folder: Path) -> Path:
     """A word-level tokenizer of a tiny model: its control tokens are ordinary entries that only the configuration names."""
-    entries = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "A", "cat", "dog", "Yes", ".", "?", "What", "is", "it", "no", "Q", ":"]
+    entries = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<image>",
+        "A",
+        "cat",
+        "dog",
+        "Yes",
+        ".",
+        "?",
+        "What",
+        "is",
+        "it",
+        "no",
+        "Q",
+        ":",
+    ]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return _write(
-        folder, made, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    )
+    return _write(folder, made, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
 
 
 def _write(folder: Path, made: Tokenizer, config: dict[str, str]) -> Path:

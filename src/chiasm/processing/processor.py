@@ -22,7 +22,7 @@ from chiasm.processing.collate import collate, pack
 from chiasm.processing.jinja import JinjaConfig, resolved
 from chiasm.processing.messages import parse
 from chiasm.processing.template import Template
-from chiasm.processing.templates import TEMPLATES
+from chiasm.processing.templates import template
 from chiasm.types import Batch, Box, Encoding, MediaItem, Message, Piece, Sample, Text
 
 Conversation = Sequence[Message | Mapping[str, Any]]
@@ -55,7 +55,10 @@ class TokenizerLike(Protocol):
 
 
 def _template(values: Any) -> Any:
-    return TEMPLATES[values] if isinstance(values, str) and values in TEMPLATES else values
+    """The data of a named template; a string with a colon or a registered type passes to the registry."""
+    if not isinstance(values, str) or ":" in values or values in registry.names("template"):
+        return values
+    return template(values)
 
 
 class ProcessingConfig(Config):
@@ -91,16 +94,14 @@ class Processor:
     """Renders conversations. ``counter(kind, layout)`` gives the number of tokens of a medium: ``model.config.count``."""
 
     def __init__(self, config: ProcessingConfig, tokenizer: TokenizerLike, counter: Counter):
-        template = config.template
-        if isinstance(template, JinjaConfig):
-            template = resolved(template, tokenizer.chat_template)
-            config = config.model_copy(update={"template": template})
+        if isinstance(config.template, JinjaConfig):
+            config = config.model_copy(update={"template": resolved(config.template, tokenizer.chat_template)})
         self.config, self.tokenizer, self.counter = config, tokenizer, counter
         self.front_ends: dict[str, FrontEnd] = {
             kind: registry.get("front_end", c.type)(c) for kind, c in config.media.items()
         }
         placeholders = {kind: c.placeholder or "" for kind, c in config.media.items()}
-        self.template: Template = self._make(template, placeholders)
+        self.template: Template = self._make(config.template, placeholders)
         lacking = [token for token in self.template.controls if token not in tokenizer.specials]
         if lacking:
             raise ConfigError(
@@ -111,9 +112,9 @@ class Processor:
         self._always = self._always_trained()
         self.fill_id = next(i for i in (tokenizer.pad_id, tokenizer.unk_id, 0) if i is not None)
 
-    def _make(self, template: PartConfig, placeholders: dict[str, str]) -> Template:
-        cls = registry.get("template", template.type)
-        return cls(template, tokens=self.tokenizer.tokens, placeholders=placeholders)
+    def _make(self, values: PartConfig, placeholders: dict[str, str]) -> Template:
+        cls = registry.get("template", values.type)
+        return cls(values, tokens=self.tokenizer.tokens, placeholders=placeholders)
 
     def __reduce__(self) -> Any:
         return Processor, (self.config, self.tokenizer, self.counter)
