@@ -301,7 +301,12 @@ def test_describe_prints_parts_flow_and_tokens():
 
 def test_flow_ends_at_the_vocabulary():
     steps = flow(preset("llava-next-video-7b"), "video")
-    assert [step.shape for step in steps][:3] == [(32, 3, 336, 336), (32, 576, 1024), (32, 144, 4096)]
+    assert [step.shape for step in steps][:4] == [
+        (32, 3, 336, 336),
+        (32, 576, 1024),
+        (32, 144, 1024),
+        (32, 144, 4096),
+    ]
     assert steps[-1].shape == (1, 32000)
 
 
@@ -328,14 +333,15 @@ MAY_DIFFER = (
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Every byte is a token; four control tokens."""
+    """Every byte is a token; the control tokens of all templates."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("bytes")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     core = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    core.add_special_tokens(["<s>", "</s>", "<pad>", "<image>"])
+    turns = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    core.add_special_tokens(["<s>", "</s>", "<pad>", "<image>", *turns])
     core.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
@@ -393,7 +399,7 @@ def test_tiny_form_runs(name, tokenizer, rng):
     torch.testing.assert_close(changed.logits[changed.target_rows == 1], before[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llava-1-7b", "llava-1.5-hd-13b", "llava-next-video-7b", "llava-onevision-0.5b"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_of_a_tiny_form_learns(name, tokenizer, rng):
     config = preset(name, tiny=True, vocab=tokenizer.vocab_size)
     model = build_model(config.model)

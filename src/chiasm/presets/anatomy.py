@@ -18,9 +18,10 @@ from chiasm.config import Config
 from chiasm.errors import ConfigError
 from chiasm.fusion.base import Fusion
 from chiasm.fusion.merge import SpatialUnpad
+from chiasm.fusion.pool import Pool
 from chiasm.model_config import VLMConfig
 from chiasm.processing.base import Place
-from chiasm.types import Image, Layout, Media, MediaBatch, Video
+from chiasm.types import Count, Image, Layout, Media, MediaBatch, Tokens, Video
 
 PICTURE = (640, 480)  # width and height in pixels
 SIZES = ((640, 480), (320, 240), (336, 336), (672, 672), (1000, 300), (300, 1000), (1920, 1080), (4000, 3000))
@@ -80,14 +81,12 @@ def flow(
     steps = [Step(_unit_words(config, kind, layout), tuple(units.shape))]
     for name, tokens in (features if isinstance(features, dict) else {stream.encoders[0]: features}).items():
         steps.append(Step(f"encoders.{name} ({config.model.encoders[name].type})", tuple(tokens.x.shape)))
-    pooled = f"{stream.pool.mode} pooling by {stream.pool.stride}" if stream.pool else ""
-    if pooled and stream.pool_at == "before":
-        connector = f"{pooled}, then {connector}"
-    projected = named[f"{kind}/projected"].x
-    steps.append(Step(connector, tuple(projected.shape)))
-    if pooled and stream.pool_at == "after":
-        inner = config.model.unit_count(kind, layout.shape).tokens
-        steps.append(Step(pooled, (projected.shape[0], inner, projected.shape[2])))
+        if stream.pool and stream.pool_at == "before":
+            steps.append(_pooled(stream.pool, tokens))
+    projected = named[f"{kind}/projected"]
+    steps.append(Step(connector, tuple(projected.x.shape)))
+    if stream.pool and stream.pool_at == "after":
+        steps.append(_pooled(stream.pool, projected))
     (merged,) = named[f"{kind}/merged"]
     width, vocab = config.model.lm.dim, config.model.lm.vocab
     words = f"merge {stream.merge.type}: {arithmetic(config, kind, layout)} = {count}"
@@ -172,6 +171,11 @@ def _unit_words(config: VLMConfig, kind: str, layout: Layout) -> str:
         return _fit_words(settings) if hasattr(settings, "fit") else settings.type
     rows, columns = layout.grid
     return f"whole picture stretched, and {columns} x {rows} tiles of it"
+
+
+def _pooled(pool: Pool, tokens: Tokens) -> Step:
+    units, count, width = tokens.x.shape
+    return Step(f"{pool.mode} pooling by {pool.stride}", (units, pool.count(Count(count, tokens.grid)).tokens, width))
 
 
 def _fit_words(image: Any) -> str:

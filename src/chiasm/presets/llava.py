@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from chiasm.encoders.vit import clip_vit_l14, clip_vit_l14_336
 from chiasm.model_config import VLMConfig
+from chiasm.presets import evidence
 from chiasm.presets.lms import vicuna_7b, vicuna_13b
 from chiasm.presets.record import CLIP_LICENCE, Stage, System, published
 
@@ -63,6 +64,7 @@ LLAVA_1 = System(
         "The authors' mask of the v0 prompt leaves two tokens of each human turn, and drifts by one token a turn. "
         "Here answers are learned from, and nothing else.",
     ),
+    verified=evidence.SINGLE,
 )
 
 LLAVA_15 = System(
@@ -71,6 +73,7 @@ LLAVA_15 = System(
     arxiv="2310.03744",
     released="2023-10",
     reference=CODE,
+    verified=evidence.SINGLE,
     stages=(
         Stage(
             name="align",
@@ -117,6 +120,7 @@ LLAVA_15_HD = System(
         "published successor of the idea; the low-resolution picture comes first, stretched, as there.",
         "The recipe is that of LLaVA-1.5; the paper gives no other.",
     ),
+    verified=evidence.TILED,
 )
 
 

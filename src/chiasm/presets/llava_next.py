@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from chiasm.encoders.vit import siglip_so400m_14_384_26
 from chiasm.model_config import VLMConfig
+from chiasm.presets import evidence
 from chiasm.presets.llava import LCS_558K, SHARED, VICUNA, llava_15_7b
 from chiasm.presets.lms import hermes_2_yi_34b, llama3_8b, mistral_7b_v02, qwen15_05b, qwen15_7b, vicuna_7b, vicuna_13b
 from chiasm.presets.record import CLIP_LICENCE, SIGLIP_LICENCE, Stage, System, published
@@ -58,6 +59,7 @@ NEXT = System(
     link="https://llava-vl.github.io/blog/2024-01-30-llava-next/",
     released="2024-01",
     reference="haotian-liu/LLaVA, c121f04",
+    verified=evidence.TILED,
     stages=(ALIGN, NEXT_INSTRUCT),
     differences=(
         *SHARED,
@@ -72,6 +74,7 @@ NEXT_VIDEO = System(
     link="https://llava-vl.github.io/blog/2024-04-30-llava-next-video/",
     released="2024-04",
     reference=NEXT_CODE,
+    verified=(*evidence.TILED, evidence.FRAMES),
     stages=(
         ALIGN,
         Stage(
@@ -108,6 +111,7 @@ INTERLEAVE = System(
     arxiv="2407.07895",
     released="2024-06",
     reference=NEXT_CODE,
+    verified=(evidence.SIGLIP, *evidence.SINGLE[1:]),
     stages=(
         ALIGN,
         Stage(

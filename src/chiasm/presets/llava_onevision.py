@@ -6,6 +6,7 @@ Paper: LLaVA-OneVision: Easy Visual Task Transfer (arXiv:2408.03326). Reference:
 from __future__ import annotations
 
 from chiasm.model_config import VLMConfig
+from chiasm.presets import evidence
 from chiasm.presets.llava import LCS_558K, SHARED
 from chiasm.presets.llava_next import (
     EVERYTHING,
@@ -44,6 +45,7 @@ ONEVISION = System(
     arxiv="2408.03326",
     released="2024-08",
     reference=NEXT_CODE,
+    verified=(evidence.SIGLIP, *evidence.TILED[1:], evidence.FRAMES),
     stages=(
         Stage(
             name="align",
