@@ -1,4 +1,4 @@
-"""Every template: its exact string, its labels for several tokenizers and turns, its stops; chat templates as transformers."""
+"""Every template: its exact string, its labels for several tokenizers and turns, its stops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from chiasm.processing.templates import TEMPLATES
 from chiasm.types import Message, Text
 
 pytestmark = pytest.mark.data
-TOKENIZERS = "gpt2 qwen mistral-spm mistral-spm-new mistral-v3 stories llama llama-new llama-prepend".split()
+TOKENIZERS = [
+    *("gpt2", "qwen", "mistral-spm", "mistral-spm-new", "mistral-v3"),
+    *("stories", "llama", "llama-new", "llama-prepend"),
+]
 V1 = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -38,14 +41,16 @@ STRINGS = {
     "llava_llama_2": f"[INST] <<SYS>>\n{LLAMA}\n<</SYS>>\n\n<image>\nU1 [/INST] A1 </s><s>[INST] U2 [/INST]",
     "mistral_instruct": "[INST] <image>\nU1 [/INST] A1 </s>[INST] U2 [/INST]",
     "mpt": f"{IS}system\n{MPT}{IE}{IS}user\n<image>\nU1{IE}{IS}assistant\nA1{IE}{IS}user\nU2{IE}{IS}assistant\n",
-    "chatml_direct": f"{IS}system\nAnswer the questions.{IE}{IS}user\n<image>\nU1{IE}{IS}assistant\nA1{IE}{IS}user\nU2{IE}"
-    f"{IS}assistant\n",
-    "qwen_1_5": f"{IS}system\n{QWEN}{IE}\n{IS}user\n<image>\nU1{IE}\n{IS}assistant\nA1{IE}\n{IS}user\nU2{IE}\n{IS}assistant\n",
-    "qwen_2_5": f"{IS}system\n{QWEN25}{IE}\n{IS}user\n<image>\nU1{IE}\n{IS}assistant\nA1{IE}\n{IS}user\nU2{IE}\n{IS}assistant\n",
-    "llava_llama_3": f"{SH}system{EH}{LLAMA}{EOT}{SH}user{EH}<image>\nU1{EOT}{SH}assistant{EH}A1{EOT}{SH}user{EH}U2{EOT}"
-    f"{SH}assistant{EH}",
-    "gemma_instruct": "<start_of_turn>user\n<image>\nU1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>\n<start_of_turn>user\n"
-    "U2<end_of_turn>\n<start_of_turn>model\n",
+    "chatml_direct": f"{IS}system\nAnswer the questions.{IE}{IS}user\n<image>\nU1{IE}"
+    f"{IS}assistant\nA1{IE}{IS}user\nU2{IE}{IS}assistant\n",
+    "qwen_1_5": f"{IS}system\n{QWEN}{IE}\n{IS}user\n<image>\nU1{IE}\n"
+    f"{IS}assistant\nA1{IE}\n{IS}user\nU2{IE}\n{IS}assistant\n",
+    "qwen_2_5": f"{IS}system\n{QWEN25}{IE}\n{IS}user\n<image>\nU1{IE}\n"
+    f"{IS}assistant\nA1{IE}\n{IS}user\nU2{IE}\n{IS}assistant\n",
+    "llava_llama_3": f"{SH}system{EH}{LLAMA}{EOT}{SH}user{EH}<image>\nU1{EOT}"
+    f"{SH}assistant{EH}A1{EOT}{SH}user{EH}U2{EOT}{SH}assistant{EH}",
+    "gemma_instruct": "<start_of_turn>user\n<image>\nU1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>\n"
+    "<start_of_turn>user\nU2<end_of_turn>\n<start_of_turn>model\n",
 }
 STRINGS |= {"llava_v0": STRINGS["v0"], "vicuna_v1": STRINGS["v1"], "qwen_2": STRINGS["qwen_1_5"]}
 STRINGS["mistral_direct"] = STRINGS["chatml_direct"]
@@ -124,9 +129,8 @@ def test_labels(name: str, tokenizer: str, tokenizers: dict) -> None:
                 messages.insert(0, Message("system", (Text(system),)))
             sample = made(messages, "s", train=True)
             learned = list(trained_text(made, sample))
-            said = [text for text in answers[:count]]
             assert len(learned) == count
-            for text, true in zip(learned, said, strict=True):
+            for text, true in zip(learned, answers[:count], strict=True):
                 if tokenizer == "stories":  # its model folds white space and has no other round trip
                     true = own.decode(own.encode(true))
                     assert text.replace(" ", "").replace("\n", "").endswith(end.replace(" ", "").replace("\n", ""))
@@ -176,7 +180,7 @@ def test_stops(tokenizers: dict) -> None:
     assert processor("qwen_1_5", tokenizers["qwen"]).stop_ids == (151645,)
     assert processor("v1", tokenizers["llama"]).stop_ids == (2,)
     assert processor("v0", tokenizers["llama"]).stop_strings == ("###",)
-    with pytest.raises(ConfigError, match="answer.end is empty"):
+    with pytest.raises(ConfigError, match=r"answer\.end is empty"):
         processor({"type": "turns", "answer": {"end": ""}}, tokenizers["llama"])
     with pytest.raises(ConfigError, match="bos token, which it does not have"):
         processor(TEMPLATES["v1"].edit(bos="{bos}"), tokenizers["gpt2"])(turns(1, ["a"]), "s")
@@ -190,7 +194,7 @@ def test_untrained_turns(tokenizers: dict) -> None:
 
 
 def test_llava_qwen_rule(tokenizers: dict) -> None:
-    """preprocess_qwen: targets are whole answer turns, and 198, <|im_start|>, <|im_end|> wherever the template has them."""
+    """preprocess_qwen: targets are whole answer turns, and 198, <|im_start|>, <|im_end|> wherever they stand."""
     tokenizer = tokenizers["qwen"]
     made = processor(TEMPLATES["qwen_1_5"].edit(loss="llava_qwen"), tokenizer)
     sample = made(turns(2, ["one", "two"]), "s", train=True)

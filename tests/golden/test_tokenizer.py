@@ -14,7 +14,18 @@ from chiasm.lm.tokenizer import Tokenizer
 from chiasm.types import Piece
 
 pytestmark = pytest.mark.data
-NAMES = "gpt2 qwen mistral-spm mistral-spm-new mistral-v3 stories llama llama-new llama-prepend words".split()
+NAMES = [
+    "gpt2",
+    "qwen",
+    "mistral-spm",
+    "mistral-spm-new",
+    "mistral-v3",
+    "stories",
+    "llama",
+    "llama-new",
+    "llama-prepend",
+    "words",
+]
 GOLDEN = {
     "gpt2": "gpt2",
     "qwen": "qwen2.5",

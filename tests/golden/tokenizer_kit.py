@@ -107,7 +107,7 @@ def llama_prepend(model: Path) -> Tokenizer:
 
 
 def words(folder: Path) -> Path:
-    """A word-level tokenizer of a tiny model: its control tokens are ordinary entries that only the configuration names."""
+    """A word-level tokenizer of a tiny model: its control tokens are entries that only the configuration names."""
     entries = [
         "<unk>",
         "<s>",

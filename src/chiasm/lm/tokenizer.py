@@ -1,8 +1,9 @@
 """The tokenizer: text that a user typed can never become a control token, and token ids are those of transformers.
 
-A rendered conversation is a list of ``Piece``: user text, literals of the template, media. Only literals may hold control
-tokens (``<s>``, ``<|im_end|>``, ``<image>``); the two backends, ``tokenizer_json`` and ``tokenizer_spm``, keep that apart
-while they encode the whole conversation at once, so that prefix spaces and merges at the seams are the published ones.
+A rendered conversation is a list of ``Piece``: user text, literals of the template, media. Only literals may hold
+control tokens (``<s>``, ``<|im_end|>``, ``<image>``); the two backends, ``tokenizer_json`` and ``tokenizer_spm``,
+keep that apart while they encode the whole conversation at once, so that prefix spaces and merges at the seams are
+the published ones.
 """
 
 from __future__ import annotations

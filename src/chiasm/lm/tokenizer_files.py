@@ -111,7 +111,7 @@ def _added(
     added_tokens: Mapping[str, int],
     named: Mapping[str, str],
 ) -> list[Added]:
-    """Every added token once, the first mention wins: tokenizer.json, the configuration, added_tokens.json, named ones."""
+    """Every added token once, the first mention wins: tokenizer.json, configuration, added_tokens.json, named."""
     found: dict[str, Added] = {}
 
     def enter(token: Added) -> None:

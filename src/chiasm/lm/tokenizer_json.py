@@ -1,9 +1,10 @@
 """The ``tokenizer.json`` backend, on the tokenizers library.
 
-The library looks for added tokens inside whatever text it is given, so a user could type ``<|im_end|>`` and get the control
-token. Here every added token is renamed, in a copy of the JSON held in memory, to one private-use character that no text
-contains; literals of the template are written with those characters. The whole conversation is then encoded in one call:
-sections, prefix spaces and the ``lstrip``, ``rstrip`` and ``normalized`` flags act exactly as they do in transformers.
+The library looks for added tokens inside whatever text it is given, so a user could type ``<|im_end|>`` and get the
+control token. Here every added token is renamed, in a copy of the JSON held in memory, to one private-use character
+that no text contains; literals of the template are written with those characters. The whole conversation is then
+encoded in one call: sections, prefix spaces and the ``lstrip``, ``rstrip`` and ``normalized`` flags act exactly as
+they do in transformers.
 """
 
 from __future__ import annotations
@@ -108,10 +109,14 @@ class JsonBackend:
             name = names.get(token.content, token.content)
             library.add_tokens([_added_token(name, flags[token.content])])
         library.add_special_tokens([AddedToken(names[MEDIUM], normalized=False, special=True)])
-        ids = {}
+        ids: dict[int, int] = {}
         for token in self.added:
-            ids[library.token_to_id(names.get(token.content, token.content))] = token.id
-        ids[library.token_to_id(names[MEDIUM])] = -1
+            index = library.token_to_id(names.get(token.content, token.content))
+            if index is not None and token.id is not None:
+                ids[index] = token.id
+        medium = library.token_to_id(names[MEDIUM])
+        assert medium is not None
+        ids[medium] = -1
         return library, {k: v for k, v in ids.items() if k != v}, names
 
     def _ends(self, files: TokenizerFiles) -> tuple[list[int], list[int]]:
@@ -153,7 +158,8 @@ def _place_tokens(library: Library, files: TokenizerFiles) -> list[Added]:
         index = library.token_to_id(token.content)
         if token.id is not None and index != token.id:
             raise CheckpointError(
-                f"{files.place}: the added token {token.content!r} should have id {token.id} but the vocabulary gives it "
+                f"{files.place}: the added token {token.content!r} should have id {token.id} but the vocabulary "
+                f"gives it "
                 f"{index}; tokenizer.json and the configuration beside it belong to different tokenizers"
             )
         flags = {k: getattr(token, k) for k in ("special", "lstrip", "rstrip", "normalized", "single_word")}

@@ -1,9 +1,9 @@
 """The ``tokenizer.model`` backend, on the sentencepiece library.
 
-A conversation is cut at the control tokens of its literals and each section is encoded by itself, as the slow tokenizers of
-transformers do. ``legacy`` (tokenizer_config.json) decides the prefix space: with it every section gets one, without it
-only a section that opens the conversation. Control pieces are never matched in text by sentencepiece; user-defined ones
-are, so those that serve as control tokens are made control pieces in a copy held in memory.
+A conversation is cut at the control tokens of its literals and each section is encoded by itself, as the slow
+tokenizers of transformers do. ``legacy`` (tokenizer_config.json) decides the prefix space: with it every section gets
+one, without it only a section that opens the conversation. Control pieces are never matched in text by sentencepiece;
+user-defined ones are, so those that serve as control tokens are made control pieces in a copy held in memory.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class SpmBackend:
             index = own if inside else token.id if token.id is not None else following
             if token.id is not None and index != token.id:
                 raise CheckpointError(
-                    f"{files.place}: the added token {token.content!r} should have id {token.id} but tokenizer.model gives "
+                    f"{files.place}: the added token {token.content!r} should have id {token.id} but tokenizer.model "
+                    f"gives "
                     f"it {index}; the two files belong to different tokenizers"
                 )
             following = max(following, index + 1)
@@ -175,8 +176,8 @@ class SpmBackend:
 def _tokens(processor: Any, text: str) -> list[tuple[int, int, int]]:
     """``(id, begin, end)`` of a text's tokens, places in characters.
 
-    Read from the serialised SentencePieceText (pieces: field 2; in them id: 2, begin: 4, end: 5, in bytes), the one form
-    that every version of the library gives without the protobuf package.
+    Read from the serialised SentencePieceText (pieces: field 2; in them id: 2, begin: 4, end: 5, in bytes), the one
+    form that every version of the library gives without the protobuf package.
     """
     chars, place = {}, 0
     for number, char in enumerate(text):
@@ -223,7 +224,8 @@ def _dummy_prefix(processor: Any) -> bool:
 def _edit(model: bytes, controls: Sequence[int], dummy_prefix: bool) -> bytes:
     """The serialised ModelProto with some pieces made control pieces and the prefix space switched.
 
-    In protobuf the last value of a scalar field wins, so a field is changed by writing it again at the end of its message.
+    In protobuf the last value of a scalar field wins, so a field is changed by writing it again at the end of its
+    message.
     """
     out, place, piece, wanted = bytearray(), 0, 0, set(controls)
     seen = False

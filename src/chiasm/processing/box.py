@@ -12,8 +12,9 @@ from chiasm.types import Box
 class BoxFormat(Config):
     """How a box is written.
 
-    ``unit="share"``: shares of the picture's width and height, 0 to 1 (LLaVA, Shikra). ``"square"``: shares of the side of
-    the square that the picture is padded to (LLaVA-1.5). ``"bins"``: whole numbers 0 to ``bins`` (PaLI-Gemma, Qwen-VL).
+    ``unit="share"``: shares of the picture's width and height, 0 to 1 (LLaVA, Shikra). ``"square"``: shares of the side
+    of the square that the picture is padded to (LLaVA-1.5).
+    ``"bins"``: whole numbers 0 to ``bins`` (PaLI-Gemma, Qwen-VL).
     ``"pixel"``: pixels of the original picture.
     """
 
@@ -28,7 +29,8 @@ class BoxFormat(Config):
         x0, y0, x1, y1 = box.xyxy
         if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
             raise DataError(
-                f"{where}: box {box.xyxy} does not lie in picture {box.image} of {width} x {height} pixels; give x0, y0, x1, "
+                f"{where}: box {box.xyxy} does not lie in picture {box.image} of {width} x {height} pixels; give x0, "
+                f"y0, x1, "
                 "y1 in pixels of the original picture"
             )
         left = top = 0.0

@@ -36,7 +36,8 @@ def pack(samples: Sequence[Sample], capacity: int, pad_id: int = 0) -> Batch:
         size = len(samples[index])
         if size > capacity:
             raise DataError(
-                f"sample {samples[index].id!r}: {size} tokens do not fit a packed row of {capacity}; set max_length to at most "
+                f"sample {samples[index].id!r}: {size} tokens do not fit a packed row of {capacity}; set max_length "
+                f"to at most "
                 f"{capacity} or make the rows longer"
             )
         row = next((r for r, used in enumerate(rows) if used + size <= capacity), len(rows))
@@ -82,7 +83,8 @@ def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> Medi
         if item.inputs.shape[1:] != first.inputs.shape[1:]:
             raise DataError(
                 f"sample {samples[owner].id!r}: a {kind} has units of shape {tuple(item.inputs.shape[1:])} but sample "
-                f"{samples[first_owner].id!r} has {tuple(first.inputs.shape[1:])}; one batch takes one shape: batch samples of "
+                f"{samples[first_owner].id!r} has {tuple(first.inputs.shape[1:])}; one batch takes one shape: batch "
+                f"samples of "
                 "equal shape together, or give the front end one fixed size"
             )
     return MediaBatch(

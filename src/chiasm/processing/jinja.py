@@ -1,8 +1,8 @@
 """``"jinja"``: any chat template of a checkpoint, rendered so that texts of users stay texts and spans are known.
 
 The template runs in jinja2's sandbox with every text replaced by one private-use character; the true texts are put in
-afterwards. A template may trim or otherwise touch a text, so the result is proved: it must equal, character for character,
-what the template gives with the true texts. Where it does not, that is an error.
+afterwards. A template may trim or otherwise touch a text, so the result is proved: it must equal, character for
+character, what the template gives with the true texts. Where it does not, that is an error.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import Field
 
 from chiasm import registry
 from chiasm.errors import ConfigError, DataError
@@ -27,7 +29,7 @@ class JinjaConfig(TemplateConfig):
 
     type: str = "jinja"
     source: str | None = None  # None: the tokenizer's own chat template; what is saved is always the text
-    variables: dict[str, Any] = {}  # further variables of the template
+    variables: dict[str, Any] = Field(default_factory=dict)  # further variables of the template
     date: str | None = None  # year-month-day for templates that ask for today's date; None: today
     answer_end: str = ""  # written after every answer, for templates that end answers with nothing generation stops on
 
@@ -138,7 +140,8 @@ class JinjaTemplate(Template):
             written = sum(p.medium is not None and p.text == token for p in pieces)
             if given != written:
                 raise DataError(
-                    f"{where}: the conversation has {given} of kind {kind!r} but the chat template writes the placeholder "
+                    f"{where}: the conversation has {given} of kind {kind!r} but the chat template writes the "
+                    f"placeholder "
                     f"{token!r} {written} times; give the front end the placeholder that the template writes"
                 )
 
@@ -218,13 +221,13 @@ def _compile(source: str) -> Any:
     class Generation(Extension):
         """``{% generation %} ... {% endgeneration %}``: what an assistant generates, put between two marks."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            mark: Callable[[str], Any] = lambda text: nodes.Output([nodes.TemplateData(text)]).set_lineno(line)  # noqa: E731
-            return [mark(BEGIN), *body, mark(END)]
+            begin, end = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in (BEGIN, END))
+            return [begin, *body, end]
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]

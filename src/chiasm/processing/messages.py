@@ -29,7 +29,7 @@ def parse(conversation: Sequence[Message | Mapping[str, Any]], sample: str = "")
     ``{"role": "user", "content": "text" | [part, ...]}``, where a part is ``{"type": "text", "text": ...}``,
     ``{"type": "image", "image" | "path" | "url" | "base64": ...}`` and the same for every registered modality,
     ``{"type": "image_url", "image_url": {"url": ...}}``, ``{"type": "box", "box": [x0, y0, x1, y1], "image": 0}``, a
-    string, or a part object. ``Message`` objects pass through. ``"train": false`` on an assistant turn leaves it unlearned.
+    string, or a part object. ``Message`` objects pass through. ``"train": false`` leaves an assistant turn unlearned.
     """
     if isinstance(conversation, Message | Mapping | str) or not isinstance(conversation, Sequence):
         kind = type(conversation).__name__
@@ -54,7 +54,7 @@ def _message(message: Message | Mapping[str, Any], where: str) -> Message:
             raise DataError(f"{where}: missing key {key!r}")
     role, train = message["role"], message.get("train")
     if role not in ROLES:
-        raise DataError(f"{where}: unknown role {role!r}; {nearest(str(role), ROLES)}")
+        raise DataError(f"{where}: unknown role {role!r}; {nearest(str(role), ROLES)}", "role")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"{where}: train is {train!r}; give true or false")
     content = message["content"]

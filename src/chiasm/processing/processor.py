@@ -1,7 +1,8 @@
 """The processor: conversations in, samples and batches out. The one renderer of training, evaluation, chat and serving.
 
-A medium is opened by the front end of its kind, its tokens are counted before any model runs, its one placeholder becomes
-that many ids, and their places are its slots. What is learned from is marked while the conversation is rendered.
+A medium is opened by the front end of its kind, its tokens are counted before any model runs, its one placeholder
+becomes that many ids, and their places are its slots. What is learned from is marked while the conversation is
+rendered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from chiasm import registry
 from chiasm.config import Config, PartConfig, part
@@ -64,12 +65,13 @@ def _template(values: Any) -> Any:
 class ProcessingConfig(Config):
     """How conversations become samples.
 
-    ``template`` is the name of a published template or a template's own data; saved is the data. ``media`` names the front
-    end of each kind of media. ``target="decoder"`` puts the last answer on the decoder's side (encoder-decoder models).
+    ``template`` is the name of a published template or a template's own data; saved is the data. ``media`` names the
+    front end of each kind of media. ``target="decoder"`` puts the last answer on the decoder's side (encoder-decoder
+    models).
     """
 
     template: Annotated[part("template"), BeforeValidator(_template)]  # type: ignore[valid-type]
-    media: dict[str, part("front_end")] = {}  # type: ignore[valid-type]
+    media: dict[str, part("front_end")] = Field(default_factory=dict)  # type: ignore[valid-type]
     max_length: int | None = None  # tokens of a sample; longer ones lose their end, never a part of a medium
     padding_side: Literal["right", "left"] = "right"
     add_bos: bool | None = None  # None: as the tokenizer does
@@ -91,7 +93,7 @@ class TokenRow:
 
 
 class Processor:
-    """Renders conversations. ``counter(kind, layout)`` gives the number of tokens of a medium: ``model.config.count``."""
+    """Renders conversations. ``counter(kind, layout)`` gives the tokens of a medium: ``model.config.count``."""
 
     def __init__(self, config: ProcessingConfig, tokenizer: TokenizerLike, counter: Counter):
         if isinstance(config.template, JinjaConfig):
@@ -105,7 +107,8 @@ class Processor:
         lacking = [token for token in self.template.controls if token not in tokenizer.specials]
         if lacking:
             raise ConfigError(
-                f"the template writes {', '.join(map(repr, lacking))}, which this tokenizer does not have as control tokens: "
+                f"the template writes {', '.join(map(repr, lacking))}, which this tokenizer does not have as control "
+                f"tokens: "
                 "they would be read as ordinary text; choose a template that fits the tokenizer or add the tokens to it"
             )
         self._end_ids, self._end_string = self._answer_end()
@@ -131,8 +134,8 @@ class Processor:
     ) -> Sample:
         """One conversation → ``Sample``: ``input_ids [T]``, ``loss_mask [T]``, media with slots.
 
-        Raises DataError that names the sample; ConfigError where ``train`` is asked of a template that ends answers with
-        nothing generation stops on.
+        Raises DataError that names the sample; ConfigError where ``train`` is asked of a template that ends answers
+        with nothing generation stops on.
         """
         if train:
             self.check()
@@ -196,7 +199,8 @@ class Processor:
         if not self._end_ids and not self._end_string:
             name = self.config.template.type
             raise ConfigError(
-                f"template {name!r} closes an answer with nothing that generation stops on, so a model trained with it would "
+                f"template {name!r} closes an answer with nothing that generation stops on, so a model trained with "
+                f"it would "
                 "not learn to stop; set answer_end (for instance the tokenizer's EOS token) or choose another template"
             )
 
@@ -330,27 +334,31 @@ class Processor:
         return prefix, [False] * len(prefix)
 
     def _cut(self, sample: Sample, limit: int | None, train: bool) -> Sample:
-        """Take off the end of a sample that is too long. Raises DataError where that would touch a medium or every target."""
+        """Take off the end of a sample that is too long. DataError where that would touch a medium or every target."""
         if limit is not None and len(sample) > limit:
             for number, item in enumerate(sample.media):
                 assert item.slots is not None
                 if len(item.slots) and int(item.slots[-1]) >= limit:
                     first, last = int(item.slots[0]), int(item.slots[-1])
                     raise DataError(
-                        f"sample {sample.id!r}: {item.kind} {number + 1} of {len(sample.media)} takes positions {first} to "
-                        f"{last} of {len(sample)} but max_length is {limit}; a medium is never cut: raise max_length to at "
+                        f"sample {sample.id!r}: {item.kind} {number + 1} of {len(sample.media)} takes positions "
+                        f"{first} to "
+                        f"{last} of {len(sample)} but max_length is {limit}; a medium is never cut: raise max_length "
+                        f"to at "
                         f"least {last + 1}, or use fewer or smaller media"
                     )
             had = int(sample.loss_mask.sum())
             sample = replace(sample, input_ids=sample.input_ids[:limit], loss_mask=sample.loss_mask[:limit])
             if train and had and not sample.loss_mask.any():
                 raise DataError(
-                    f"sample {sample.id!r}: max_length {limit} cuts off all of its {had} trained tokens; raise max_length or "
+                    f"sample {sample.id!r}: max_length {limit} cuts off all of its {had} trained tokens; raise "
+                    f"max_length or "
                     "shorten the question"
                 )
         if train and sample.target_ids is None and not sample.loss_mask.any():
             raise DataError(
-                f"sample {sample.id!r}: none of its {len(sample)} tokens is trained; add an assistant turn that has not "
+                f"sample {sample.id!r}: none of its {len(sample)} tokens is trained; add an assistant turn that has "
+                f"not "
                 "'train': false"
             )
         return sample
@@ -361,7 +369,8 @@ def _check_answers(messages: Sequence[Message], id: str) -> None:
         learned = message.role == "assistant" and message.train is not False
         if learned and not message.media and not message.text.strip():
             raise DataError(
-                f"sample {id!r}, message {number + 1}: the answer is empty ({len(message.text)} characters); give it a text, "
+                f"sample {id!r}, message {number + 1}: the answer is empty ({len(message.text)} characters); give it "
+                f"a text, "
                 "or leave it out of training with 'train': false"
             )
 

@@ -1,7 +1,8 @@
 """The template contract, and ``"turns"``: the declarative template that most published prompts are.
 
-A template renders messages as pieces: literals (where control tokens count), text of the users (where they never do) and
-media. What is learned from is marked while rendering: everything that follows a generation prompt, through the end token.
+A template renders messages as pieces: literals (where control tokens count), text of the users (where they never do)
+and media. What is learned from is marked while rendering: everything that follows a generation prompt, through the
+end token.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class TemplateConfig(PartConfig):
 class Template:
     """Renders messages. Subclasses nest ``Config(TemplateConfig)`` and take it as first argument.
 
-    ``tokens`` are the tokenizer's named tokens (``{"eos_token": "</s>", ...}``), ``placeholders`` the token of each kind
-    of media (``{"image": "<image>"}``).
+    ``tokens`` are the tokenizer's named tokens (``{"eos_token": "</s>", ...}``), ``placeholders`` the token of each
+    kind of media (``{"image": "<image>"}``).
     """
 
     Config: type[TemplateConfig] = TemplateConfig

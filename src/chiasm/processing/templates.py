@@ -1,7 +1,7 @@
 """The published templates by name, each as data.
 
-Sources: ``llava/conversation.py`` of haotian-liu/LLaVA c121f04 and of LLaVA-VL/LLaVA-NeXT, and the training code for those
-that are only built there. A name serves to write configurations; what a model saves is the data.
+Sources: ``llava/conversation.py`` of haotian-liu/LLaVA c121f04 and of LLaVA-VL/LLaVA-NeXT, and the training code for
+those that are only built there. A name serves to write configurations; what a model saves is the data.
 """
 
 from __future__ import annotations
