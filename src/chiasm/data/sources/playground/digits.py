@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image as Pictures
 
-from chiasm.data.sources.playground.scenes import PLACES, Scene, Scenes, Thing, grid, paint, vary
+from chiasm.data.sources.playground.scenes import PLACES, SHAPES, SIZES, Scene, Scenes, Thing, grid, paint, vary
 from chiasm.data.sources.playground.world import COLORS, Family, Question, Split
 from chiasm.errors import DataError
 from chiasm.types import Image, Media
@@ -113,6 +113,26 @@ class Digits(Family):
                 answer = "yes" if int(a.name) > int(b.name) else "no"
                 return Question(kind, f"Is the {a.color} digit greater than the {b.color} digit?", answer)
         return None
+
+
+class Crowds(Digits):
+    """Five to nine shapes and digits in one picture: much to see at once. For training towers, not for questions."""
+
+    name = "crowd"
+    kinds = ("grid",)
+    balanced: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def sample(self, rng: Random, split: Split) -> Scene:
+        """Things with independent colours; four in ten are digits."""
+        things = []
+        for place in sorted(rng.sample(range(9), rng.randint(5, 9))):
+            color = rng.choice(list(COLORS))
+            if rng.random() < 0.4:
+                digit = str(rng.randrange(10))
+                things.append(Thing(digit, color, "", place, ink=rng.choice(pool(split)[digit])))
+            else:
+                things.append(Thing(rng.choice(SHAPES), color, rng.choice(SIZES), place))
+        return tuple(things)
 
 
 def _write(picture: Pictures.Image, thing: Thing, size: int, rng: Random) -> None:

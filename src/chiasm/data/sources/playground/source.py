@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from chiasm.data.base import Example, Source, SourceConfig
 from chiasm.data.sources.playground.charts import Charts
-from chiasm.data.sources.playground.digits import Digits
+from chiasm.data.sources.playground.digits import Crowds, Digits
 from chiasm.data.sources.playground.pairs import Clips, Pairs
 from chiasm.data.sources.playground.scenes import Scenes
 from chiasm.data.sources.playground.words import Bills, Signs
@@ -21,7 +21,8 @@ from chiasm.registry import register
 from chiasm.types import Media, Message, Text
 
 SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS = Scenes(), Digits(), Charts(), Signs(), Bills(), Pairs(), Clips()
-FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS)
+CROWDS = Crowds()
+FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS, CROWDS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ TASKS: dict[str, Task] = {
     "clip": Task(CLIPS, CLIPS.kinds),
     "scene_grid": Task(SCENES, ("grid",)),
     "digit_grid": Task(DIGITS, ("grid",)),
+    "crowd_grid": Task(CROWDS, ("grid",)),
     "caption": Task(SCENES, ("caption",)),
     "digit_caption": Task(DIGITS, ("caption",)),
     "chart_caption": Task(CHARTS, ("caption",)),
@@ -105,18 +107,21 @@ class Playground(Source):
         return self.example(index, questions, media)
 
     def hint(self, index: int) -> int:
-        """About how many characters an example has, by its task alone: nothing is drawn."""
+        """About how long an example is, by its task alone: nothing is drawn.
+
+        Coarse on purpose: finer classes would fill a batch with one task, and its gradient with one task's noise.
+        """
         return self._lengths[index % len(self.config.tasks)]
 
     @cached_property
     def _lengths(self) -> list[int]:
-        """The mean length of a few examples of each task."""
+        """Hundreds of characters in a few examples of each task, on average."""
         step, few = len(self.config.tasks), 6
         found = []
         for task in range(step):
             indices = range(task, min(self.config.length, task + few * step), step)
             texts = [sum(len(q.text) + len(q.answer) for q in self.compose(i)[2]) for i in indices]
-            found.append(round(sum(texts) / max(1, len(texts))))
+            found.append(100 * round(sum(texts) / max(1, len(texts)) / 100))
         return found
 
     def compose(self, index: int) -> tuple[Any, Task, list[Question], Random]:
