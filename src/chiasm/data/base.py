@@ -26,7 +26,7 @@ def with_answer(example: Example) -> Example:
     if example.messages and example.messages[-1].role == "assistant":
         return example
     if not example.answers:
-        raise DataError(f"sample {example.id!r}: has 0 accepted answers; give 'answers' or a last assistant turn")
+        raise DataError(f"sample {example.id!r}: has 0 accepted answers; give 'answers' or a last assistant turn", "no_target")
     return replace(example, messages=(*example.messages, Message("assistant", (Text(example.answers[0]),))))
 
 
@@ -42,6 +42,7 @@ class Source:
 
     Config: type[SourceConfig] = SourceConfig
     name: str = ""
+    quick: bool = False  # opening an example only reads a record, so that all are opened before the first step
 
     def __init__(self, config: Any):
         self.config = config

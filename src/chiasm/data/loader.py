@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from chiasm.data.base import Example, with_answer
 from chiasm.data.mixture import Mixture, Ref, permutation
+from chiasm.data.quarantine import Quarantined, Skips
 from chiasm.errors import ChiasmError, DataError
 from chiasm.types import Batch, Sample
 
@@ -100,29 +101,50 @@ class Renderer:
         if sample.target_ids is None and not bool(sample.loss_mask.any()):
             raise DataError(
                 f"sample {example.id!r}: 0 of its {len(sample)} tokens are learned from; "
-                "give it an assistant turn that is not empty and not marked train=False"
+                "give it an assistant turn that is not empty and not marked train=False",
+                "no_target",
             )
         return sample
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Several examples, padded or packed. Raises DataError."""
-        samples = [self.sample(example) for example in examples]
+        return self.collate([self.sample(example) for example in examples])
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Several samples, padded or packed."""
         if self.pack:
             samples.sort(key=len, reverse=True)  # the order of the segments in the row, so that ids follow it
         return self.processor.collate(samples, padding_side="right", packed=self.pack)
 
 
+Bad = tuple[Quarantined, DataError]
+
+
 class _Made(Dataset):
-    """Makes one micro-batch. An error travels as a value, so that it arrives as raised, not as a worker's trace."""
+    """Makes one micro-batch and tells the samples that cannot be used.
+
+    An error travels as a value, so that it arrives as raised, not as a worker's trace.
+    """
 
     def __init__(self, mixture: Mixture, renderer: Renderer):
         self.mixture, self.renderer = mixture, renderer
 
-    def __getitem__(self, spec: Spec) -> tuple[Spec, Batch | ChiasmError]:
+    def __getitem__(self, spec: Spec) -> tuple[Spec, Batch | ChiasmError | None, list[Bad]]:
+        samples: list[Sample] = []
+        bad: list[Bad] = []
         try:
-            return spec, self.renderer.batch([self.mixture[ref] for ref in spec.refs])
+            for ref in spec.refs:
+                example = None
+                try:
+                    example = self.mixture[ref]
+                    samples.append(self.renderer.sample(example))
+                except DataError as error:
+                    id = example.id if example else str(ref[1])
+                    name = self.mixture.names[ref[0]]
+                    bad.append((Quarantined(name, ref[1], id, error.fault or "record", str(error)), error))
+            return spec, self.renderer.collate(samples) if samples else None, bad
         except ChiasmError as error:
-            return spec, error
+            return spec, error, bad
 
 
 class _Specs:
@@ -133,8 +155,14 @@ class _Specs:
         return self.plan.specs(self.start, self.stop)
 
 
-def load(plan: BatchPlan, renderer: Renderer, start: int, stop: int, workers: int = 0) -> Iterator[tuple[Spec, Batch]]:
-    """The batches of steps ``start`` … ``stop - 1``. Workers start with the first batch asked for. Raises DataError."""
+def load(
+    plan: BatchPlan, renderer: Renderer, start: int, stop: int, workers: int = 0, skips: Skips | None = None
+) -> Iterator[tuple[Spec, Batch | None]]:
+    """The batches of steps ``start`` … ``stop - 1``. Workers start with the first batch asked for.
+
+    A sample that cannot be used raises DataError, or is left out where ``skips`` lets it; the other samples keep their
+    places. A micro-batch that loses every sample comes as None.
+    """
     loader = DataLoader(
         _Made(plan.mixture, renderer),
         sampler=_Specs(plan, start, stop),
@@ -144,7 +172,11 @@ def load(plan: BatchPlan, renderer: Renderer, start: int, stop: int, workers: in
         pin_memory=False,
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
-    for spec, made in loader:
+    for spec, made, bad in loader:
+        for sample, error in bad:
+            if skips is None:
+                raise error
+            skips.add(spec.step + 1, sample, error)
         if isinstance(made, ChiasmError):
             raise made
         yield spec, made

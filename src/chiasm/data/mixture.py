@@ -13,6 +13,7 @@ from torch import Tensor
 from chiasm import registry
 from chiasm.config import Config, part
 from chiasm.data.base import Example, Source
+from chiasm.data.quarantine import Quarantine
 from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.types import Message
 
@@ -40,7 +41,7 @@ class Mixture:
     is computed from ``(seed, epoch)`` alone: a resumed run needs no state but a number.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], seed: int = 0):
+    def __init__(self, entries: Mapping[str, Entry], seed: int = 0, quarantine: Quarantine | None = None):
         if not entries:
             raise ConfigError("no data source is given; add one under 'data'")
         self.names = list(entries)
@@ -52,9 +53,27 @@ class Mixture:
             if len(source) == 0:
                 raise DataError(f"data source {name!r} holds 0 examples; check its file and its split")
             self.sources.append(source)
+        self.kept = [self._kept(number, quarantine) for number in range(len(self.sources))]
+
+    def _kept(self, number: int, quarantine: Quarantine | None) -> Tensor | None:
+        """The indices ``[n]`` of a source that are used; None: all up to its limit."""
+        name, source = self.names[number], self.sources[number]
+        out = quarantine.of(name, source) if quarantine else frozenset()
+        if not out:
+            return None
+        size = min(len(source), self.entries[number].limit or len(source))
+        mask = torch.ones(len(source), dtype=torch.bool)
+        mask[sorted(out)] = False
+        kept = mask[:size].nonzero()[:, 0]
+        if len(kept) == 0:
+            raise DataError(f"data source {name!r}: all of its {size} examples are in the quarantine file")
+        return kept
 
     def size(self, number: int) -> int:
         """Examples of a source that the mixture may use."""
+        kept = self.kept[number]
+        if kept is not None:
+            return len(kept)
         limit = self.entries[number].limit
         return min(len(self.sources[number]), limit) if limit else len(self.sources[number])
 
@@ -68,8 +87,12 @@ class Mixture:
 
     def first(self, limit: int | None = None) -> list[Ref]:
         """The first ``limit`` references of each source, source by source."""
-        sizes = [self.size(i) for i in range(len(self.sources))]
-        return [(number, i) for number, size in enumerate(sizes) for i in range(min(size, limit or size))]
+        return [(number, i) for number in range(len(self.sources)) for i in self.usable(number)[:limit].tolist()]
+
+    def usable(self, number: int) -> Tensor:
+        """The indices ``[n]`` of a source's examples, in their order, without those in quarantine."""
+        kept = self.kept[number]
+        return torch.arange(self.size(number)) if kept is None else kept
 
     def order(self, epoch: int) -> Tensor:
         """The references ``[n, 2]`` of an epoch, in their order."""
@@ -91,7 +114,10 @@ class Mixture:
         number, index = ref
         source = self.sources[number]
         measure = getattr(source, "hint", None)
-        return measure(index) if measure else text_length(source[index].messages)
+        try:
+            return measure(index) if measure else text_length(source[index].messages)
+        except DataError:
+            return 0  # a bad sample is met, and named, when its batch is made
 
     def only(self, names: tuple[str, ...] | None) -> Mixture:
         """The same mixture with some of its sources. Raises ConfigError on an unknown name."""
@@ -102,6 +128,7 @@ class Mixture:
                 raise ConfigError(f"unknown data source {name!r}; {nearest(name, self.names)}")
         chosen = object.__new__(Mixture)
         keep = [self.names.index(name) for name in names]
+        chosen.kept = [self.kept[i] for i in keep]
         chosen.names, chosen.seed = list(names), self.seed
         chosen.entries, chosen.sources = [self.entries[i] for i in keep], [self.sources[i] for i in keep]
         return chosen
@@ -113,7 +140,9 @@ class Mixture:
         lap = first // size
         laps = range(lap, (last - 1) // size + 1)
         run = torch.cat([permutation(size, self.seed, self.names[number], n) for n in laps])
-        return run[first - lap * size : last - lap * size]
+        drawn = run[first - lap * size : last - lap * size]
+        kept = self.kept[number]
+        return drawn if kept is None else kept[drawn]
 
 
 def permutation(size: int, *key: object) -> Tensor:

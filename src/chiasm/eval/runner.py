@@ -10,6 +10,7 @@ from typing import Any
 from chiasm import registry
 from chiasm.data.base import Example, with_answer
 from chiasm.data.mixture import HeldOut, Mixture
+from chiasm.data.quarantine import Quarantine
 from chiasm.data.shuffle import shuffled as shuffle
 from chiasm.errors import DataError
 from chiasm.types import Message
@@ -72,9 +73,11 @@ class Comparison:
         return [*rows, ("all", len(self.true.answers), self.true.score, total)]
 
 
-def held_out(entries: Mapping[str, HeldOut], limit: int | None = None) -> tuple[list[Example], dict[str, str]]:
+def held_out(
+    entries: Mapping[str, HeldOut], limit: int | None = None, quarantine: Quarantine | None = None
+) -> tuple[list[Example], dict[str, str]]:
     """The first ``limit`` examples of each held-out source, and the metric of each by name. Raises DataError."""
-    mixture = Mixture(entries)
+    mixture = Mixture(entries, quarantine=quarantine)
     examples = [mixture[ref] for ref in mixture.first(limit)]
     return examples, {name: entry.metric for name, entry in entries.items()}
 

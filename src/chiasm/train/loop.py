@@ -21,6 +21,7 @@ from rich.console import Console
 from chiasm import registry
 from chiasm.data.loader import BatchPlan, Renderer, Spec, load
 from chiasm.data.mixture import Mixture
+from chiasm.data.quarantine import BadSamples, Skips
 from chiasm.errors import CheckpointError, ChiasmError, DataError
 from chiasm.train import checkpoint, optim
 from chiasm.train.log import Bars, JsonLog, print_plan
@@ -79,10 +80,11 @@ class StageRun:
         probe: Callable[[], dict[str, float]] | None = None,
         console: Console | None = None,
         seed: int = 0,
+        bad: BadSamples | None = None,
     ):
         self.model, self.renderer, self.stage, self.out, self.probe = model, renderer, stage, out, probe
         self.console = console or Console()
-        self.seed = seed
+        self.seed, self.bad = seed, bad or BadSamples()
         self.objective: Objective = registry.get("objective", stage.objective)
         self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
         self.steps = stage.total_steps(self.batches.steps_per_epoch)
@@ -108,15 +110,19 @@ class StageRun:
             self.model.eval()
 
     def _run(self, start: int) -> None:
-        stream = load(self.batches, self.renderer, start, self.steps, self.stage.workers)
+        most = self.bad.most(len(self.batches.mixture))
+        skips = Skips(self.out / "skipped.jsonl", most, start if start else None)
+        stream = load(self.batches, self.renderer, start, self.steps, self.stage.workers, skips)
         since, clock = Tally(), time.perf_counter()
         with Bars(self.console, self.stage.name, self.steps, start) as bars:
             step_tally = Tally()
             for spec, batch in stream:
-                step_tally.add(self.backward(batch, spec))
+                if batch is not None:
+                    step_tally.add(self.backward(batch, spec))
                 if spec.part + 1 < spec.parts:
                     continue
-                norm, share = self.update(spec.step, step_tally)
+                # A step whose samples were all skipped changes nothing.
+                norm, share = self.update(spec.step, step_tally) if step_tally.ids else (0.0, 0.0)
                 since.add(step_tally)
                 step_tally, done = Tally(), spec.step + 1
                 if done % self.stage.log_every == 0 or done == self.steps:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from chiasm.config import Config, load_yaml, override
 from chiasm.data.mixture import Entry, HeldOut
+from chiasm.data.quarantine import BadPolicy, BadSamples, Quarantine
 from chiasm.errors import ConfigError
 from chiasm.train.plan import PLANS, Action, check_action
 
@@ -35,6 +36,7 @@ class Stage(Config):
     plan: str | dict[str, Action] = "instruct"
     objective: str = "next_token"
     data: tuple[str, ...] | None = None  # names of the sources to use; None: all
+    template: str | dict[str, Any] | None = None  # a template's name or data, for this stage only; None: the model's
     steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
     epochs: float | None = Field(default=None, gt=0)  # passes over the mixture
     batch_size: int = Field(default=8, gt=0)  # samples of a micro-batch
@@ -98,12 +100,32 @@ class Recipe(Config):
     model: ModelSpec
     data: dict[str, Entry]
     held_out: dict[str, HeldOut] = Field(default_factory=dict)
+    quarantine: str | None = None  # written data.quarantine: the file of samples left out, made by chiasm check
+    bad: BadPolicy = BadSamples()  # written data.bad: what is done with a sample that cannot be used, stop or skip
     stages: tuple[Stage, ...] = Field(min_length=1)
     eval: EvalSpec = EvalSpec()
     seed: int = 0
     device: str = "auto"  # auto: the first of cuda, cpu that is there
     out: str = "runs/run"
     tiny: dict[str, Any] = Field(default_factory=dict)  # dotted overrides that make the recipe's tiny form
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_keys(cls, values: Any) -> Any:
+        """``data.quarantine`` and ``data.bad`` stand among the sources but are none."""
+        data = values.get("data") if isinstance(values, Mapping) else None
+        if not isinstance(data, Mapping):
+            return values
+        own = {key: data[key] for key in ("quarantine", "bad") if key in data and not _is_entry(data[key])}
+        return {**values, "data": {k: v for k, v in data.items() if k not in own}, **own}
+
+    def left_out(self) -> Quarantine | None:
+        """The samples of the quarantine file. Raises DataError or ConfigError."""
+        if self.quarantine is None:
+            return None
+        found = Quarantine.read(self.quarantine)
+        found.known([*self.data, *self.held_out])
+        return found
 
     @field_validator("stages")
     @classmethod
@@ -112,6 +134,10 @@ class Recipe(Config):
         if len(set(names)) != len(names):
             raise ValueError(f"the stages need different names, got {', '.join(names)}")
         return stages
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, Entry) or (isinstance(value, Mapping) and "source" in value)
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, tiny: bool = False) -> Recipe:

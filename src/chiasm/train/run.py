@@ -47,8 +47,9 @@ class Run:
         self.out = Path(recipe.out)
         for stage in recipe.stages:
             registry.get("objective", stage.objective)
-        self.mixture = Mixture(recipe.data, recipe.seed)
-        self.held_out = Mixture(recipe.held_out, recipe.seed) if recipe.held_out else None
+        out = recipe.left_out()
+        self.mixture = Mixture(recipe.data, recipe.seed, out)
+        self.held_out = Mixture(recipe.held_out, recipe.seed, out) if recipe.held_out else None
         for entry in recipe.held_out.values():
             registry.get("metric", entry.metric)
         self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, best_device(recipe.device))
@@ -60,7 +61,7 @@ class Run:
             mixture = self.mixture.only(stage.data)
             stage.total_steps(BatchPlan(mixture, stage.batch_size, stage.accumulate).steps_per_epoch)
             with self.console.status(f"looking at the samples of stage {stage.name}"):
-                found = check(mixture, self._renderer(stage), stage.check_samples)
+                found = check(mixture, self._renderer(stage), stage.check_samples, bad=self.recipe.bad)
             self.console.print(_told(stage, found), highlight=False)
         if self.held_out:
             for ref in self.held_out.first(self.recipe.eval.limit):
@@ -87,6 +88,7 @@ class Run:
             probe=self._probe(renderer, stage),
             console=self.console,
             seed=self.recipe.seed,
+            bad=self.recipe.bad,
         )
         run.fit(resume)
         last = stage.name == self.recipe.stages[-1].name
@@ -110,7 +112,11 @@ class Run:
         self.console.print(f"Report: {self.out / 'report.html'}", highlight=False)
 
     def _renderer(self, stage: Stage) -> Renderer:
-        return Renderer(self.vlm.processor, stage.max_length, stage.pack)
+        processor = self.vlm.processor
+        if stage.template is not None:  # the saved model keeps its own
+            config = type(processor.config).parse(processor.config.dump() | {"template": stage.template})
+            processor = type(processor)(config, processor.tokenizer, processor.counter)
+        return Renderer(processor, stage.max_length, stage.pack)
 
     def _probe(self, renderer: Renderer, stage: Stage) -> Probe | None:
         if self.held_out is None or stage.eval_every is None:
@@ -121,8 +127,9 @@ class Run:
 
 
 def _told(stage: Stage, found: Checked) -> str:
+    usable = f"{found.bad} of them will be skipped" if found.bad else "all can be used"
     return (
-        f"Stage {stage.name}: {found.samples} of {found.of} samples looked at, all can be used; "
+        f"Stage {stage.name}: {found.samples} of {found.of} samples looked at, {usable}; "
         f"{found.mean_length:.0f} tokens each, {found.mean_targets:.0f} of them learned; "
         f"the longest has {found.longest} ({found.longest_id})"
     )

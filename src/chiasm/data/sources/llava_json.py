@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from chiasm.data.base import Example, Source, SourceConfig
-from chiasm.data.sources.records import Record, beside, need, read_records
+from chiasm.data.base import Example, SourceConfig
+from chiasm.data.sources.lines import RecordSource
+from chiasm.data.sources.records import Record, beside, need
 from chiasm.errors import DataError, nearest
 from chiasm.registry import register
 from chiasm.types import Image, Media, Message, Part, Text, Video
@@ -32,32 +33,25 @@ class LlavaJsonConfig(SourceConfig):
 
 
 @register("source", "llava_json")
-class LlavaJson(Source):
-    """Conversations with typed parts in place. All records are checked when the file is opened, media when used."""
+class LlavaJson(RecordSource):
+    """Conversations with typed parts in place. Records are read by number: memory does not grow with the texts."""
 
     Config = LlavaJsonConfig
 
-    def __init__(self, config: LlavaJsonConfig):
-        super().__init__(config)
-        self.records = read_records(config.file)
-        for index in range(len(self.records)):
-            self[index]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
-        id = str(record.get("id", index))
-        where = f"{self.config.file}, sample {id!r}"
+        id, where = self.where(index, record)
         media = [*self._media(record, "image"), *self._media(record, "video")]
         turns = need(record, "conversations", where)
+        if not isinstance(turns, list):
+            raise DataError(f"{where}: conversations is {type(turns).__name__}, a list of turns was expected")
         texts = [str(need(turn, "value", f"{where}, turn {i + 1}")) for i, turn in enumerate(turns)]
         found = sum(len(PLACEHOLDER.findall(text)) for text in texts)
         if found != len(media):
             raise DataError(
                 f"{where}: has {found} placeholders <image> or <video> in its conversation but {len(media)} media; "
-                "write one placeholder for each picture or clip, where it belongs"
+                "write one placeholder for each picture or clip, where it belongs",
+                "placeholders",
             )
         rest = iter(media)
         messages = [self._message(turn, rest, f"{where}, turn {i + 1}") for i, turn in enumerate(turns)]
@@ -65,11 +59,6 @@ class LlavaJson(Source):
         if messages and messages[0].role == "assistant" and not messages[0].media:
             messages = messages[1:]
         return Example(id, tuple(messages), task=self.config.task)
-
-    def hint(self, index: int) -> int:
-        """Characters of the conversation."""
-        record = self.records[index]
-        return sum(len(t["value"]) for t in record["conversations"]) + 512 * ("image" in record or "video" in record)
 
     def _media(self, record: Record, kind: str) -> list[Media]:
         """``"a.jpg"`` and ``["a.jpg"]`` are the same."""
@@ -81,7 +70,7 @@ class LlavaJson(Source):
     def _message(self, turn: Any, media: Iterator[Media], where: str) -> Message:
         role, text = need(turn, "from", where), need(turn, "value", where)
         if role not in ROLES:
-            raise DataError(f"{where}: unknown role {role!r}; {nearest(str(role), ROLES)}")
+            raise DataError(f"{where}: unknown role {role!r}; {nearest(str(role), ROLES)}", "role")
         if not isinstance(text, str):
             raise DataError(f"{where}: value is {type(text).__name__}, a text was expected")
         parts: list[Part] = []

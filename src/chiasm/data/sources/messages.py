@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from chiasm.data.base import Example, Source, SourceConfig
-from chiasm.data.sources.records import beside, known_keys, need, read_records
+from chiasm.data.base import Example, SourceConfig
+from chiasm.data.sources.lines import RecordSource
+from chiasm.data.sources.records import beside, known_keys, need
 from chiasm.errors import DataError
 from chiasm.processing.messages import parse
 from chiasm.registry import register
@@ -27,24 +28,15 @@ class MessagesConfig(SourceConfig):
 
 
 @register("source", "messages")
-class Messages(Source):
-    """Conversations as they are. An unknown key is an error."""
+class Messages(RecordSource):
+    """Conversations as they are. An unknown key is an error. Records are read by number."""
 
     Config = MessagesConfig
-
-    def __init__(self, config: MessagesConfig):
-        super().__init__(config)
-        self.records = read_records(config.file)
-        for index in range(len(self.records)):
-            self[index]
-
-    def __len__(self) -> int:
-        return len(self.records)
+    marks = (b'"image"', b'"image_url"', b'"video"')
 
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
-        id = str(record.get("id", index))
-        where = f"{self.config.file}, sample {id!r}"
+        id, where = self.where(index, record)
         known_keys(record, KEYS, where)
         answers = record.get("answers", [])
         if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):

@@ -71,6 +71,8 @@ def known_keys(record: Record, known: tuple[str, ...], where: str) -> None:
 
 def need(record: Record, key: str, where: str) -> Any:
     """A key's value. Raises DataError where it is missing."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: is {type(record).__name__}, a table with {key!r} was expected")
     if key not in record:
         raise DataError(f"{where}: missing key {key!r}; it has {', '.join(map(str, record)) or 'none'}")
     return record[key]
