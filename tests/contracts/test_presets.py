@@ -410,3 +410,93 @@ def test_every_parameter_of_a_tiny_form_learns(name, tokenizer, rng):
     idle = {f"encoders.image.{n}" for n in model.encoders["image"].unused()}
     silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert silent == idle
+
+
+# ------------------------------------------------------------------------------------------------------ authors' files
+
+# config.json of the authors' checkpoints; each preset must be what the reader of their layout makes of it.
+LLAMA_7B = {
+    "model_type": "llava_llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_projector_type": "mlp2x_gelu",
+    "tokenizer_padding_side": "right",
+}
+AUTHORS = {
+    "llava-1.5-7b": LLAMA_7B | {"image_aspect_ratio": "pad", "tokenizer_model_max_length": 2048},
+    "llava-next-vicuna-7b": LLAMA_7B
+    | {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "mm_patch_merge_type": "spatial_unpad",
+        "tokenizer_model_max_length": 4096,
+    },
+    "llava-next-mistral-7b": LLAMA_7B
+    | {
+        "model_type": "llava_mistral",
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "max_position_embeddings": 32768,
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "mm_patch_merge_type": "spatial_unpad",
+        "tokenizer_model_max_length": 4096,
+    },
+    "llava-onevision-7b": {
+        "model_type": "llava_qwen",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": "(1x1),...,(6x6)",
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_newline_position": "one_token",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+        "tokenizer_model_max_length": 32768,
+        "tokenizer_padding_side": "right",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "values"), AUTHORS.items())
+def test_presets_are_what_the_authors_configurations_say(name, values, tokenizer, tmp_path):
+    """The reader of the authors' layout was written apart from the presets: the two must agree on every option."""
+    from safetensors.torch import save_file
+
+    from chiasm.presets.checkpoint import Options
+    from chiasm.presets.original_llava import OriginalLlava
+
+    tokenizer.save(tmp_path)
+    save_file({"model.vision_tower.vision_tower.vision_model.any": torch.zeros(1)}, tmp_path / "model.safetensors")
+    ours = preset(name)
+    options = Options(template=ours.processing.template)
+    read = OriginalLlava().read(tmp_path, values, options).config
+    found = {key: pair for key, pair in diff(ours, read).items() if not key.startswith("provenance")}
+    heads = ours.model.lm.heads
+    same = {"model.lm.kv_heads": (None, heads)}  # two ways of saying that keys are not grouped
+    unread = ("processing.media.*placeholder", "processing.media.video.image.several")  # no such token; never tiled
+    found = {k: v for k, v in found.items() if v != same.get(k) and not any(fnmatch.fnmatch(k, u) for u in unread)}
+    assert not found

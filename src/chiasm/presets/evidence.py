@@ -28,6 +28,15 @@ MERGE = (
     "vectors. `tests/parity/test_merge_references.py`"
 )
 FRAMES = "Frames, their pooling and newlines: `tests/golden/test_visual_tokens.py`, `tests/contracts/test_video.py`"
+AUTHORS = (
+    "Every option: the 7B preset of the family equals what the reader of the authors' layout, which was written apart "
+    "from the presets, makes of their `config.json`. `tests/contracts/test_presets.py`"
+)
+WHOLE = (
+    "The whole model: token ids and pixels equal to those of the transformers class, logits within 1e-5 and the same "
+    "greedy text, on small random models saved by transformers, with one picture, several, none, and rows of unequal "
+    "lengths; export and reading back likewise. `tests/parity/test_llava_hf.py`"
+)
 PROMPT = (
     "The prompt's text, its token ids and what is learned from, for several tokenizers and one to five turns. "
     "`tests/golden/test_templates.py`"
@@ -38,3 +47,4 @@ TINY = (
 )
 SINGLE = (CLIP, LM, PIXELS, TOKENS, PROMPT, TINY)
 TILED = (CLIP, LM, PIXELS, TOKENS, MERGE, PROMPT, TINY)
+IN_CLASS = (AUTHORS, WHOLE)  # where transformers has a class for the system

@@ -73,7 +73,7 @@ LLAVA_15 = System(
     arxiv="2310.03744",
     released="2023-10",
     reference=CODE,
-    verified=evidence.SINGLE,
+    verified=(*evidence.IN_CLASS, *evidence.SINGLE),
     stages=(
         Stage(
             name="align",

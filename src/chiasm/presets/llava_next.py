@@ -59,7 +59,7 @@ NEXT = System(
     link="https://llava-vl.github.io/blog/2024-01-30-llava-next/",
     released="2024-01",
     reference="haotian-liu/LLaVA, c121f04",
-    verified=evidence.TILED,
+    verified=(*evidence.IN_CLASS, *evidence.TILED),
     stages=(ALIGN, NEXT_INSTRUCT),
     differences=(
         *SHARED,
@@ -74,7 +74,7 @@ NEXT_VIDEO = System(
     link="https://llava-vl.github.io/blog/2024-04-30-llava-next-video/",
     released="2024-04",
     reference=NEXT_CODE,
-    verified=(*evidence.TILED, evidence.FRAMES),
+    verified=(evidence.WHOLE, *evidence.TILED, evidence.FRAMES),
     stages=(
         ALIGN,
         Stage(

@@ -45,7 +45,7 @@ ONEVISION = System(
     arxiv="2408.03326",
     released="2024-08",
     reference=NEXT_CODE,
-    verified=(evidence.SIGLIP, *evidence.TILED[1:], evidence.FRAMES),
+    verified=(*evidence.IN_CLASS, evidence.SIGLIP, *evidence.TILED[1:], evidence.FRAMES),
     stages=(
         Stage(
             name="align",
