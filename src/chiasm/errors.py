@@ -19,7 +19,14 @@ class RegistryError(ChiasmError):
 
 
 class DataError(ChiasmError):
-    """A sample that cannot be used as it is."""
+    """A sample that cannot be used as it is.
+
+    ``fault`` names the kind of fault (``chiasm.data.check.kinds``), so that faults can be counted without reading texts.
+    """
+
+    def __init__(self, message: str, fault: str = ""):
+        super().__init__(message)
+        self.fault = fault
 
 
 class CheckpointError(ChiasmError):

@@ -101,7 +101,7 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise DataError(f"unknown role {self.role!r}; {nearest(self.role, ROLES)}")
+            raise DataError(f"unknown role {self.role!r}; {nearest(self.role, ROLES)}", "role")
 
     @property
     def text(self) -> str:

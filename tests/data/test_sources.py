@@ -93,13 +93,13 @@ def test_one_name_and_a_list_of_one_are_the_same(tmp_path):
 def test_llava_json_refuses(tmp_path, change, message):
     record = {"id": "x", "image": "a.jpg", "conversations": talk(("human", "<image>\nWhat?"), ("gpt", "That."))}
     with pytest.raises(DataError, match=message):
-        llava(tmp_path, record | change)
+        llava(tmp_path, record | change)[0]
 
 
 def test_json_that_is_none_names_the_line(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"id": "1", "messages": [{"role": "user", "content": "a"}]}\n{"id": oops}\n')
     with pytest.raises(DataError, match="line 2, column 8"):
-        Messages(Messages.Config(file=str(tmp_path / "data.jsonl")))
+        Messages(Messages.Config(file=str(tmp_path / "data.jsonl")))[1]
     with pytest.raises(DataError, match="cannot be read"):
         Messages(Messages.Config(file=str(tmp_path / "none.jsonl")))
 
@@ -119,7 +119,7 @@ def test_messages(tmp_path):
     assert with_answer(source[0]).messages[-1] == Message("assistant", (Text("cat"),))
     (tmp_path / "data.jsonl").write_text(json.dumps(record | {"anwers": []}))
     with pytest.raises(DataError, match=r"sample '1': unknown key 'anwers'; did you mean 'answers'"):
-        Messages(Messages.Config(file=str(tmp_path / "data.jsonl")))
+        Messages(Messages.Config(file=str(tmp_path / "data.jsonl")))[0]
 
 
 @pytest.mark.data

@@ -26,7 +26,8 @@ def with_answer(example: Example) -> Example:
     if example.messages and example.messages[-1].role == "assistant":
         return example
     if not example.answers:
-        raise DataError(f"sample {example.id!r}: has 0 accepted answers; give 'answers' or a last assistant turn", "no_target")
+        told = f"sample {example.id!r}: has 0 accepted answers; give 'answers' or a last assistant turn"
+        raise DataError(told, "no_target")
     return replace(example, messages=(*example.messages, Message("assistant", (Text(example.answers[0]),))))
 
 
