@@ -34,7 +34,9 @@ def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = F
     config = part_config_of(model.config, part)
     weights = open_weights(path, allow_pickle)
     table = (path if path.is_dir() else path.parent) / "config.json"
-    whole, rules = _rules(part, config, read_json(table) if table.is_file() else None, table.parent)
+    bare = path.is_file() and part.startswith("connectors.")  # such a file stands beside any configuration
+    values = read_json(table) if table.is_file() and not bare else None
+    whole, rules = _rules(part, config, values, table.parent)
     load_weights(model, weights, rules, part=part + ".", others=whole)
 
 

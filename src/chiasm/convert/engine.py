@@ -90,7 +90,7 @@ def check(weights: Weights, wanted: Mapping[str, Tensor], rules: Sequence[AnyRul
     missing = sorted(name for name in wanted.keys() - filled if shared.get(name) not in filled)
     if missing:
         theirs = _their_names(missing, rules)
-        names = [f"{theirs.get(name) or name!r} {list(wanted[name].shape)}" for name in missing]
+        names = [f"{theirs.get(name, repr(name))} {list(wanted[name].shape)}" for name in missing]
         problems.append(f"{len(missing)} tensors of the model are not in the file: {_list(names)}")
     if plan.incomplete:
         names = [f"{name!r} (needs {', '.join(map(repr, rest))})" for name, rest in plan.incomplete.items()]
@@ -176,8 +176,8 @@ def _pairs(wanted: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 def _their_names(names: Sequence[str], rules: Sequence[AnyRule]) -> dict[str, str]:
     """For our tensors, how they would be called in the file."""
     plan = plan_export(names, rules)
-    found = {source: repr(step.targets[0]) for step in plan.steps for source in step.sources}
-    return {name: f"{theirs} ({name!r})" if theirs != repr(name) else theirs for name, theirs in found.items()}
+    found = {source: step.targets[0] for step in plan.steps for source in step.sources}
+    return {name: f"{theirs!r} ({name!r})" if theirs != name else repr(name) for name, theirs in found.items()}
 
 
 def _list(names: Sequence[str]) -> str:

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 from chiasm import registry
 from chiasm.model_config import VLMConfig
-from chiasm.presets import hf_llava, llava, llava_next, llava_onevision
+from chiasm.presets import hf_llava, llava, llava_next, llava_onevision, original_llava
 from chiasm.presets.record import Preset
 from chiasm.presets.tiny import VOCAB
 from chiasm.presets.tiny import tiny as shrink
 
-__all__ = ["Preset", "hf_llava", "llava", "llava_next", "llava_onevision", "preset", "presets", "record_of"]
+__all__ = [
+    "Preset",
+    "hf_llava",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "original_llava",
+    "preset",
+    "presets",
+    "record_of",
+]
 
 
 def preset(name: str, tiny: bool = False, vocab: int = VOCAB) -> VLMConfig:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from chiasm.config import PartConfig
+from chiasm.config import PartConfig, diff
 from chiasm.convert import maps
 from chiasm.convert.rules import AnyRule, rename
 from chiasm.encoders.hf import HFEncoder
@@ -333,7 +333,12 @@ READING = ("layer", "select", "post_norm")  # how a tower is read; not part of w
 
 def same_part(ours: PartConfig, theirs: PartConfig) -> dict[str, tuple[Any, Any]]:
     """Keys in which two parts differ, with both values, apart from how a tower is read."""
-    from chiasm.config import diff
-
-    found = cast(dict[str, tuple[Any, Any]], diff(ours, theirs))
+    found = diff(_spelled_out(ours), _spelled_out(theirs))
     return {key: pair for key, pair in found.items() if key not in READING}
+
+
+def _spelled_out(config: PartConfig) -> PartConfig:
+    """Without the defaults that follow from other keys."""
+    if isinstance(config, Decoder.Config):
+        return config.model_copy(update={"kv_heads": config.kv_heads or config.heads, "head_dim": config.width})
+    return config
