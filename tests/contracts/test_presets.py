@@ -500,3 +500,25 @@ def test_presets_are_what_the_authors_configurations_say(name, values, tokenizer
     unread = ("processing.media.*placeholder", "processing.media.video.image.several")  # no such token; never tiled
     found = {k: v for k, v in found.items() if v != same.get(k) and not any(fnmatch.fnmatch(k, u) for u in unread)}
     assert not found
+
+
+def test_describe_a_model_of_other_parts():
+    """Parts of transformers and a modality of pictures only: nothing is taken from a name or a type."""
+    pytest.importorskip("transformers")
+    tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "image_size": 24}
+    tower |= {"patch_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2}
+    lm = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 2, "vocab_size": 260}
+    config = preset("llava-1.5-7b", tiny=True).edit(
+        **{
+            "model.encoders.image": {"type": "hf", "config": tower, "layer": -2},
+            "model.lm": {"type": "hf", "config": lm},
+        }
+    )
+    words = describe(config)
+    assert "encoders.image (hf)" in words and "[1, 260]" in words and "32 to 48" in words
+
+
+def test_a_tiny_form_with_another_template(tokenizer):
+    config = preset("llava-onevision-0.5b", tiny=True, vocab=300).edit(**{"processing.template": "simple"})
+    processor = Processor(config.processing, tokenizer, config.model.count)
+    assert processor.prompt([{"role": "user", "content": "Hello?"}]) == "Q: Hello?\nA:"

@@ -30,8 +30,10 @@ __all__ = [
 def preset(name: str, tiny: bool = False, vocab: int = VOCAB) -> VLMConfig:
     """The configuration of a published system, at published size or as its tiny form for a vocabulary of ``vocab``.
 
-    ``name`` may also be ``"package.module:function"``, a function that returns a ``VLMConfig``. Raises RegistryError,
-    which says what names are near.
+    A tiny form keeps the template: where a small tokenizer lacks its control tokens, set ``processing.template`` to
+    ``"simple"``. ``name`` may also be ``"package.module:function"``, a function that returns a ``VLMConfig``.
+
+    Raises RegistryError, which says what names are near.
     """
     entry = registry.get("preset", name)
     config = entry.config() if isinstance(entry, Preset) else entry()

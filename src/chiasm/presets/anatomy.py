@@ -19,6 +19,7 @@ from chiasm.errors import ConfigError
 from chiasm.fusion.base import Fusion
 from chiasm.fusion.merge import SpatialUnpad
 from chiasm.fusion.pool import Pool
+from chiasm.fusion.splice import Splice
 from chiasm.model_config import VLMConfig
 from chiasm.processing.base import Place
 from chiasm.types import Count, Image, Layout, Media, MediaBatch, Tokens, Video
@@ -88,12 +89,19 @@ def flow(
     if stream.pool and stream.pool_at == "after":
         steps.append(_pooled(stream.pool, projected))
     (merged,) = named[f"{kind}/merged"]
-    width, vocab = config.model.lm.dim, config.model.lm.vocab
+    width, vocab = network.lm.dim, network.lm.vocab
     words = f"merge {stream.merge.type}: {arithmetic(config, kind, layout)} = {count}"
     steps.append(Step(words, tuple(merged.shape)))
     steps.append(Step("in the slots among n tokens of text", (1, f"n + {count}", width)))
     steps.append(Step(f"lm ({config.model.lm.type})", (1, f"n + {count}", width)))
     return [*steps, Step("head, at the last position", (1, vocab))]
+
+
+def walkable(config: VLMConfig) -> list[str]:
+    """The kinds of media whose way can be shown: pictures and clips, in models that splice."""
+    if not isinstance(config.model, Splice.Config):
+        return []
+    return [kind for kind in ("image", "video") if kind in config.processing.media and kind in config.model.media]
 
 
 def count_tokens(config: VLMConfig, kind: str, picture: tuple[int, int], of: int = 1) -> int:

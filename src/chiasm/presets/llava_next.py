@@ -143,6 +143,7 @@ INTERLEAVE = System(
         *SHARED,
         QWEN_MASK,
     ),
+    choices=("A clip is given as its frames, each of them a picture of 729 vectors, as the authors give it.",),
 )
 
 

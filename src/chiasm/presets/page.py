@@ -15,7 +15,7 @@ from chiasm import registry
 from chiasm.compose import build_model
 from chiasm.model_config import VLMConfig
 from chiasm.presets import preset, presets
-from chiasm.presets.anatomy import FRAMES, PICTURE, SIZES, Step, count_tokens, flow, parts
+from chiasm.presets.anatomy import FRAMES, PICTURE, SIZES, Step, count_tokens, flow, parts, walkable
 from chiasm.presets.record import Preset, Stage
 from chiasm.processing.messages import parse
 from chiasm.processing.templates import TEMPLATES
@@ -44,7 +44,7 @@ def describe(config: VLMConfig) -> str:
     table.append(("total", "", f"{sum(row.parameters for row in rows):,}", ""))
     lines = [config.provenance.preset or config.model.type, config.provenance.paper or "", ""]
     lines += columns(("part", "type", "parameters", "options"), table, right={2})
-    for kind in config.processing.media:
+    for kind in walkable(config):
         lines += ["", _opening(kind), *diagram(flow(config, kind, model=model))]
         if kind == "image":
             lines += ["", "tokens of a picture, by width x height in pixels"]
