@@ -7,6 +7,8 @@ import pickle
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 from chiasm.errors import CheckpointError
@@ -188,3 +190,19 @@ def test_generation_stops_and_chat_template(tmp_path: Path, tokenizer_folders: d
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.generation_stops == (2, 3)
     assert tokenizer.chat_template == "{{ 1 }}"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-new", "llama-prepend"])
+@pytest.mark.parametrize("flags", ["lstrip", "rstrip", "normalized", "single_word", "none"])
+def test_flags_of_added_tokens(name: str, flags: str, tokenizer_folders: dict, tmp_path: Path) -> None:
+    """Renaming a token changes nothing of how its flags act: ids equal those of the library on the same string."""
+    reference = Library.from_file(str(tokenizer_folders[name] / "tokenizer.json"))
+    values = {flag: flag == flags for flag in ("lstrip", "rstrip", "normalized", "single_word")}
+    reference.add_tokens([AddedToken("<tag>", special=False, **values), AddedToken("  ", normalized=False)])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    texts = ["a <tag> b", "<tag>", " <tag>\n\n c", "x<tag>y", "a  b <tag><tag>  <tag> .", "日<tag>本"]
+    for text in texts:
+        assert tokenizer.encode(text, literal=True) == reference.encode(text, add_special_tokens=False).ids, text
+    assert tokenizer.specials["<tag>"] not in tokenizer.encode("a <tag> b")
+    assert reference.token_to_id("  ") in tokenizer.encode("a  b"), "white space stays ordinary"

@@ -41,6 +41,7 @@ class JsonBackend:
         self.controls = {t.content: t.id for t in self.added if t.content.strip() and t.id is not None}
         self.vocab_size = 1 + max(self.true.get_vocab(with_added_tokens=True).values(), default=-1)
         self.prefix, self.suffix = self._ends(files)
+        self._fussy = any(t.single_word or t.normalized for t in self.added)
         self._body = body
         self._scan = _scanner(self.controls)
         self._renamed = lru_cache(maxsize=4)(self._rename)
@@ -51,8 +52,10 @@ class JsonBackend:
         base = self._base(typed)
         library, ids, sentinels = self._renamed(base)
         written = [self._write(piece, sentinels) for piece in pieces]
-        starts = _starts(written)
         encoding = library.encode("".join(written), add_special_tokens=False)
+        if self._restore(written, encoding, ids, sentinels):
+            encoding = library.encode("".join(written), add_special_tokens=False)
+        starts = _starts(written)
         spans = []
         for begin, end in encoding.offsets:
             first = _piece_at(starts, begin, len(written))
@@ -82,6 +85,32 @@ class JsonBackend:
         if piece.literal:
             return self._scan.sub(lambda match: sentinels[match.group()], piece.text)
         return piece.text
+
+    def _restore(self, written: list[str], encoding: Any, ids: dict[int, int], sentinels: dict[str, str]) -> bool:
+        """Spell out again the tokens that the library did not take, because of their flags; True where there are any.
+
+        A ``single_word`` token inside a word, or a ``normalized`` one whose normal form has a prefix space, is ordinary
+        text in transformers too.
+        """
+        if not self._fussy:
+            return False
+        names = {character: token for token, character in sentinels.items()}
+        joined = "".join(written)
+        found = re.compile(f"[{min(names)}-{max(names)}]")
+        characters = {self.controls.get(token, -1): character for token, character in sentinels.items()}
+        taken = [
+            span
+            for index, span in zip(encoding.ids, encoding.offsets)
+            if characters.get(ids.get(index, -2), "\0") in joined[slice(*span)]
+        ]
+        lost = [m.start() for m in found.finditer(joined) if not any(a <= m.start() < b for a, b in taken)]
+        starts = _starts(written)
+        for place in reversed(lost):
+            number = _piece_at(starts, place, len(written))
+            inside = place - starts[number]
+            text = written[number]
+            written[number] = text[:inside] + names[text[inside]] + text[inside + 1 :]
+        return bool(lost)
 
     def _base(self, text: str) -> int:
         """The first of a run of private-use characters that the text has none of."""
@@ -117,7 +146,7 @@ class JsonBackend:
         medium = library.token_to_id(names[MEDIUM])
         assert medium is not None
         ids[medium] = -1
-        return library, {k: v for k, v in ids.items() if k != v}, names
+        return library, ids, names
 
     def _ends(self, files: TokenizerFiles) -> tuple[list[int], list[int]]:
         """BOS and EOS: what the configuration says, else what the post-processor puts around a text."""
