@@ -10,8 +10,8 @@ Nothing in this file imports torch at run time, so that the command line starts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from chiasm.errors import DataError, nearest
@@ -164,9 +164,10 @@ class MediaItem:
     """One medium of one sample, ready for its encoder."""
 
     kind: str
-    inputs: Tensor  # [U, *layout.shape]
+    inputs: Tensor  # [U, *layout.shape]; [0, *layout.shape] where its features are stored
     layout: Layout
     slots: Tensor | None = None  # [N] positions in the sample's input_ids that its tokens take
+    key: str = ""  # what a frozen encoder's features of it are stored under; empty: they are not
 
 
 @dataclass
@@ -193,6 +194,9 @@ class MediaBatch:
     slots: Tensor  # [sum of counts] flat positions in [B*T]
     counts: list[int]  # tokens of each item
     owners: list[int]  # index in Batch.ids of each item
+    keys: list[str] = field(default_factory=list)  # of each item, where features are stored
+    given: list[int] = field(default_factory=list)  # units of each item that stand in inputs, with keys only
+    features: dict[str, Tokens] | None = None  # encoder → [all units, N, D]; given, no encoder runs
 
 
 @dataclass
@@ -220,7 +224,7 @@ class Batch:
             return x.to(device, dtype=dtype, non_blocking=True) if floating and dtype else x.to(device, non_blocking=True)
 
         media = {
-            kind: MediaBatch(move(m.inputs), m.layouts, move(m.slots), m.counts, m.owners)
+            kind: replace(m, inputs=move(m.inputs), slots=move(m.slots))
             for kind, m in self.media.items()
         }
         return Batch(
@@ -254,13 +258,16 @@ class Output:
     """What a fusion model returns. ``logits`` only at the positions that were asked for.
 
     ``logits="all"`` gives ``[B, T, V]``, ``"last"`` ``[B, V]``, ``"labels"`` ``[n, V]`` together with ``targets [n]``
-    and ``target_rows [n]`` (which row of ``Batch.ids`` each belongs to).
+    and ``target_rows [n]`` (which row of ``Batch.ids`` each belongs to). ``"states"`` gives, with the same targets, the
+    vectors ``states [n, D]`` that the logits are made of, and ``head``, which makes them: training runs it in chunks.
     """
 
     hidden: Tensor  # [B, T, D]
     logits: Tensor | None = None
     targets: Tensor | None = None
     target_rows: Tensor | None = None
+    states: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
     named: dict[str, Any] = field(default_factory=dict)  # "image/features", "image/projected", "image/merged", ...
 
 

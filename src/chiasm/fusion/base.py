@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from chiasm.config import PartConfig
 from chiasm.types import Batch, Layout, Output
 
-Asked = Literal["all", "labels", "last"]
+Asked = Literal["all", "labels", "states", "last"]
 
 
 class FusionConfig(PartConfig):

@@ -96,10 +96,8 @@ class Splice(Fusion):
             output.logits = self.lm.head(hidden)  # [B, T, V]
         elif logits == "last":
             output.logits = self.lm.head(hidden[torch.arange(len(hidden), device=hidden.device), last(batch)])  # [B, V]
-        elif logits == "labels":
-            rows, columns = labelled(batch)
-            output.logits = self.lm.head(hidden[rows, columns])  # [n, V]
-            output.targets, output.target_rows = batch.input_ids[rows, columns + 1], rows
+        elif logits is not None:
+            self._at_labels(output, batch.input_ids, *labelled(batch), logits)
         return output
 
     def splice(self, batch: Batch, named: dict[str, Any]) -> Tensor:
@@ -115,7 +113,7 @@ class Splice(Fusion):
     def encode(self, kind: str, media: MediaBatch, ids: list[str], named: dict[str, Any]) -> Tensor:
         """All media of a kind → their vectors ``[sum of counts, D]``. Raises DataError where a count is not kept."""
         stream = self.config.stream(kind)
-        features = {name: self.encoders[name](media.inputs) for name in stream.encoders}  # each [U, N, D_in]
+        features = media.features or {n: self.encoders[n](media.inputs) for n in stream.encoders}  # each [U, N, D_in]
         named[f"{kind}/features"] = _one_or_all(features)
         if stream.pool and stream.pool_at == "before":
             features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
@@ -157,11 +155,19 @@ class Splice(Fusion):
             output.logits = self.lm.head(hidden)  # [B, S, V]
         elif logits == "last":
             output.logits = self.lm.head(hidden[:, -1])  # [B, V]
-        elif logits == "labels":
+        elif logits is not None:
             rows, columns = torch.nonzero(batch.target_mask[:, 1:], as_tuple=True)
-            output.logits = self.lm.head(hidden[rows, columns])  # [n, V]
-            output.targets, output.target_rows = batch.target_ids[rows, columns + 1], rows
+            self._at_labels(output, batch.target_ids, rows, columns, logits)
         return output
+
+    def _at_labels(self, output: Output, ids: Tensor, rows: Tensor, columns: Tensor, asked: Asked) -> None:
+        """Logits, or the vectors they are made of, at the ``n`` positions whose next token is a target."""
+        states = output.hidden[rows, columns]  # [n, D]
+        output.targets, output.target_rows = ids[rows, columns + 1], rows
+        if asked == "labels":
+            output.logits = self.lm.head(states)  # [n, V]
+        else:
+            output.states, output.head = states, self.lm.head
 
 
 def labelled(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,8 @@ def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> Medi
         slots=torch.cat([item.slots + offsets[owner] for owner, item in found if item.slots is not None]),
         counts=[len(item.slots) for _, item in found if item.slots is not None],
         owners=[owner for owner, _ in found],
+        keys=[item.key for _, item in found] if any(item.key for _, item in found) else [],
+        given=[len(item.inputs) for _, item in found],
     )
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chiasm import registry
 from chiasm.fusion.base import Fusion
 from chiasm.fusion.splice import labelled
 from chiasm.train.objectives.base import Loss
+from chiasm.train.objectives.cross_entropy import cross_entropy
 from chiasm.types import Batch, Output
 
 
 @registry.register("objective", "next_token")
 def next_token(model: Fusion, batch: Batch) -> Loss:
     """The loss in float32, whatever the model computes in. A batch without any target gives exactly 0 with weight 0."""
-    output = model(batch, logits="labels")
-    losses = F.cross_entropy(output.logits.float(), output.targets, reduction="none")  # [n]
-    return Loss(losses.sum(), losses.numel(), by_source(batch, output, losses.detach()))
+    output = model(batch, logits="states")
+    assert output.states is not None and output.targets is not None and output.head is not None
+    total, losses = cross_entropy(output.states, output.targets, output.head)  # [], [n]
+    return Loss(total, losses.numel(), by_source(batch, output, losses))
 
 
 def by_source(batch: Batch, output: Output, losses: Tensor) -> dict[str, tuple[float, float]]:
