@@ -248,6 +248,15 @@ def test_bf16_keeps_float32_masters(data, tmp_path):
     assert 0 < change.median() < 1e-5
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_trained_model_is_whole_in_float32(data, tmp_path, stored, dtype):
+    vlm = tiny_vlm(tmp_path).to(stored)
+    run(vlm, data, tmp_path / "run", dtype=dtype, plan="align")
+    assert {p.dtype for p in vlm.parameters()} == {torch.float32}
+    assert isinstance(vlm.generate(list(mixture(data)[0, 0].messages[:1]), max_new_tokens=2), str)
+
+
 def test_schedule_equals_transformers():
     transformers = pytest.importorskip("transformers")
     from chiasm.train.optim import factor

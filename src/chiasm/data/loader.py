@@ -64,11 +64,11 @@ class BatchPlan:
             step += 1
 
     def _epoch(self, epoch: int, first: int) -> Iterator[tuple[int, list[tuple[Ref, ...]]]]:
-        refs: list[Ref] = [(s, i) for s, i in self.mixture.order(epoch).tolist()]
+        order = self.mixture.order(epoch)  # [n, 2]; made a list by windows only: an epoch may have millions
         window = max(1, self.bucket)
         for start in range(first // window * window, self.steps_per_epoch, window):
-            inside = refs[start * self.per_step : (start + window) * self.per_step]
-            batches = self._cut(inside, epoch, start)
+            inside = order[start * self.per_step : (start + window) * self.per_step].tolist()
+            batches = self._cut([(source, index) for source, index in inside], epoch, start)
             for number in range(start, start + -(-len(batches) // self.accumulate)):
                 if number >= first:
                     offset = (number - start) * self.accumulate

@@ -21,8 +21,8 @@ from chiasm.eval.runner import held_out as held_out
 def evaluate_recipe(vlm: Any, recipe: Any, out: Any, **changes: Any) -> Comparison:
     """Score a model on a recipe's held-out sources and write the results into the folder ``out``.
 
-    ``changes`` override the recipe's ``eval`` table: ``limit``, ``batch_size``, ``max_new_tokens``, ``shuffled``. Raises
-    ConfigError where the recipe has none held out.
+    ``changes`` override the recipe's ``eval`` table: ``limit``, ``batch_size``, ``max_new_tokens``, ``shuffled``.
+    Raises ConfigError where the recipe has no held-out source.
     """
     from chiasm.eval.write import evaluate_recipe as run
 

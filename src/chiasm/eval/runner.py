@@ -94,8 +94,8 @@ def evaluate(
 ) -> Result:
     """Greedy answers to the last question of each example, scored by ``metrics`` (one name, or one for each source).
 
-    ``shuffle_images`` gives every example the media of another one of its task: a model that reads its pictures falls to
-    what the question alone tells. Raises DataError for an example without question or answer, before any is run.
+    ``shuffle_images`` gives every example the media of another one of its task: a model that reads its pictures falls
+    to what the question alone tells. Raises DataError for an example without question or answer, before any is run.
     """
     score = {source: registry.get("metric", _metric(metrics, source)) for source in {e.source for e in examples}}
     pairs = [(example, *question(example)) for example in examples]  # all are looked at before the first is run

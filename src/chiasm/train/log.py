@@ -67,7 +67,7 @@ class Bars:
 
     def __init__(self, console: Console, stage: str, total: int, done: int = 0):
         self.console, self.stage, self.total = console, stage, total
-        self.every = max(1, total // 10)
+        self.every, self.printed = max(1, total // 10), done
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -87,10 +87,15 @@ class Bars:
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
 
+    def advance(self, step: int) -> None:
+        """Show that ``step`` steps are done."""
+        self.progress.update(self.task, completed=step)
+
     def update(self, step: int, record: dict[str, Any]) -> None:
-        """Show the state after ``step`` steps."""
+        """Show loss, rate and speed after ``step`` steps."""
         note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['samples_per_s']:.0f} samples/s"
-        self.progress.update(self.task, completed=step, note=note)
-        if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
+        self.progress.update(self.task, note=note)
+        if not self.console.is_terminal and (step - self.printed >= self.every or step == self.total):
+            self.printed = step
             left = (self.total - step) * record["seconds_per_step"]
             self.console.print(f"  {self.stage} {step}/{self.total}  {note}  {left:.0f} s left", highlight=False)

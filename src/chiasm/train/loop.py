@@ -125,6 +125,7 @@ class StageRun:
                 norm, share = self.update(spec.step, step_tally) if step_tally.ids else (0.0, 0.0)
                 since.add(step_tally)
                 step_tally, done = Tally(), spec.step + 1
+                bars.advance(done)
                 if done % self.stage.log_every == 0 or done == self.steps:
                     now = time.perf_counter()
                     bars.update(done, self._record(done, spec, since, norm, share, now - clock))

@@ -19,8 +19,8 @@ from chiasm.train.plan import Plan
 class Masters:
     """The float32 tensors that are optimized, by name, and their exchange with the model's own.
 
-    In float32 the masters are the parameters themselves and every method is free. ``restore`` gives the model back in
-    float32: trained tensors from their masters, frozen ones exactly as they were before the cast.
+    In float32 the masters are the parameters themselves and every method is free; a model in another type is cast.
+    ``restore`` gives the model back in float32: trained tensors from their masters, frozen ones exactly as they were.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, low: torch.dtype | None):
@@ -30,7 +30,9 @@ class Masters:
         self.trained = {name: p for name, p in named.items() if plan.rates[name] is not None}
         self.frozen: dict[str, Tensor] = {}
         if low is None:
-            self.masters = {name: _in_float32(p) for name, p in self.trained.items()}
+            for p in named.values():
+                p.data = p.data.to(torch.float32)
+            self.masters = self.trained
             return
         self.masters = {
             name: nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True)
@@ -68,19 +70,13 @@ class Masters:
             p.data = self.masters[name].data
             p.grad = None
         for name, p in self.model.named_parameters():
-            if name in self.frozen:
-                p.data = self.frozen[name].to(p.device)
+            if name not in self.trained:
+                p.data = self.frozen.get(name, p.data).to(p.device, torch.float32)
         self.low = None
 
     def gradients(self) -> list[Tensor]:
         """All gradients that are there."""
         return [p.grad for p in self.masters.values() if p.grad is not None]
-
-
-def _in_float32(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype != torch.float32:
-        parameter.data = parameter.data.to(torch.float32)
-    return parameter
 
 
 def adamw(masters: Masters, plan: Plan, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:

@@ -1,0 +1,71 @@
+"""Every recipe parses, says how it is run, holds the published numbers, and trains in its tiny form."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import chiasm
+from chiasm.presets import presets
+from chiasm.train import load_recipe, train
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "recipes").glob("*.yaml"))
+PUBLISHED = ("llava-1", "llava-1.5", "llava-next", "llava-onevision")
+REAL = ("stories", "nlvr", "photos")
+
+
+def tiny(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, **changes):
+    monkeypatch.chdir(ROOT)  # paths in recipes are relative to the repository
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", {"out": str(out), **changes}, tiny=True)
+    return recipe, train(recipe, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_opens_with_its_command(path):
+    lines = path.read_text().splitlines()
+    assert any(line.startswith("#") and f"recipes/{path.name}" in line for line in lines[:4])
+    load_recipe(path)
+    load_recipe(path, tiny=True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers_stand_in_the_preset_too(name):
+    """Two places that were written apart from each other: the recipe, and the record behind the preset's page."""
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    record = next(p for p in presets() if p.name == recipe.model.preset)
+    for mine, published in zip(recipe.stages, record.system.stages, strict=False):
+        assert published.lr in (None, mine.lr)
+        assert published.batch in (None, mine.batch_size * mine.accumulate)
+        assert published.epochs in (None, mine.epochs)
+        assert published.warmup == mine.warmup_ratio and published.weight_decay == mine.weight_decay
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tiny_form_trains(name, tmp_path, monkeypatch):
+    recipe, vlm = tiny(name, tmp_path, monkeypatch)
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / recipe.stages[-1].name / "log.jsonl").read_text().splitlines()
+    ]
+    assert steps[-1] == recipe.stages[-1].steps
+    assert chiasm.load(tmp_path / "model").num_parameters() == vlm.num_parameters()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", REAL)
+def test_real_input_in_its_tiny_form(name, tmp_path, monkeypatch, shared_data):
+    """People's sentences, real photos, and a language model that was trained on something else entirely."""
+    from chiasm.eval import evaluate_recipe
+
+    # The small parts that ship with the package have their own tests: here the towers are random, the stories are real.
+    weights = {"lm": "../shared/data/weights/stories260K"} if name == "stories" else {}
+    recipe, _ = tiny(name, tmp_path, monkeypatch, **{"model.weights": weights})
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+    vlm = chiasm.load(tmp_path / "model")
+    found = evaluate_recipe(vlm, recipe, tmp_path / "again", console=Console(file=io.StringIO()), limit=4)
+    first = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])
+    assert found.true.answers[0].prediction == first["prediction"]
