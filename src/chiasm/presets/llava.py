@@ -57,8 +57,8 @@ LLAVA_1 = System(
     ),
     differences=(
         *SHARED,
-        "The first release spelled a picture as 256 added tokens between two others, and so had 32003 or 32004 rows "
-        "of vocabulary. The preset takes the form of release 1.0.0, which splices: 32000 rows, nothing added.",
+        "The first release spelled a picture as 256 added tokens between two others, and so had more rows of "
+        "vocabulary. The preset takes the form of release 1.0.0, which splices: 32000 rows, nothing added.",
         "The authors train on one form of the v0 prompt (line breaks after the turns) and infer with another (none). "
         "Here one template serves both: the second, `llava_v0`; `processing.template=v0_train` gives the first.",
         "The authors' mask of the v0 prompt leaves two tokens of each human turn, and drifts by one token a turn. "
