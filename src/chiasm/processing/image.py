@@ -23,6 +23,7 @@ from chiasm.errors import ConfigError
 from chiasm.processing.base import FrontEnd, FrontEndConfig, Place
 from chiasm.processing.open import PILLOW_LIMIT, Alpha, open_picture, picture_size
 from chiasm.processing.tiling import Tiling, cut
+from chiasm.processing.view import View, views
 from chiasm.registry import register
 from chiasm.types import Layout, Media, MediaItem
 
@@ -113,6 +114,14 @@ class ImageFrontEnd(FrontEnd):
             image = self.open(medium.data, place)  # the decoder chooses the size
             return self._layout((image.height, image.width), place)
         return self._layout(picture_size(medium.data, place, self.config.max_pixels), place)
+
+    def views(self, original: tuple[int, int], place: Place) -> list[View]:
+        """Where a point of a picture of (height, width) ``original`` lies in each of its units."""
+        return views(self.config, original, self._tiled(place), place.of > 1 and self.config.several == "pad")
+
+    def size(self, medium: Media, place: Place) -> tuple[int, int]:
+        """(height, width) of the picture as its header gives it, upright. Raises DataError."""
+        return picture_size(medium.data, place, self.config.max_pixels)
 
     def open(self, data: Any, place: Place) -> Pillow.Image:
         """``data`` as an upright RGB picture (``chiasm.processing.open``). Raises DataError."""

@@ -70,14 +70,16 @@ def open_picture(
         except Exception as error:  # a decoder may raise anything at broken data
             raise DataError(
                 f"{place}: picture {name} cannot be decoded ({reason(error)}); it is truncated or damaged: "
-                "restore the file or leave the sample out"
+                "restore the file or leave the sample out",
+                "broken_picture",
             ) from None
         try:
             return _rgb(_upright(image), alpha, f"{place}: picture {name}")
         except ValueError as error:
             raise DataError(
                 f"{place}: picture {name} of mode {image.mode} cannot become RGB ({reason(error)}); "
-                "convert the file to RGB"
+                "convert the file to RGB",
+                "broken_picture",
             ) from None
 
 
@@ -117,27 +119,29 @@ def open_file(path: str | Path, place: Place, noun: str) -> Iterator[BinaryIO]:
     """A regular file that is not empty, open for reading; ``noun`` ("picture") is for the error. Raises DataError."""
     what = f"{place}: {noun} {_short(str(path))!r}"
     if isinstance(path, str) and "://" in path[:16]:
-        raise DataError(f"{what} is an address, and nothing is fetched from the network; download it and give the path")
+        told = f"{what} is an address, and nothing is fetched from the network; download it and give the path"
+        raise DataError(told, "missing_picture")
     try:
         status = Path(path).stat()
         if stat.S_ISDIR(status.st_mode):
-            raise DataError(f"{what} is a directory; give the path of one file")
+            raise DataError(f"{what} is a directory; give the path of one file", "picture_is_folder")
         if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{what} is not a regular file; give the path of one file")
+            raise DataError(f"{what} is not a regular file; give the path of one file", "broken_picture")
         if status.st_size == 0:
-            raise DataError(f"{what} has 0 bytes; restore the file or leave the sample out")
+            raise DataError(f"{what} has 0 bytes; restore the file or leave the sample out", "empty_picture")
         stream = open(path, "rb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        raise DataError(f"{what} does not exist; check the path and the folder it should be in") from None
+        told = f"{what} does not exist; check the path and the folder it should be in"
+        raise DataError(told, "missing_picture") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{what} cannot be read ({reason(error)}); check the path") from None
+        raise DataError(f"{what} cannot be read ({reason(error)}); check the path", "missing_picture") from None
     with stream:
         yield stream
 
 
 def _from_bytes(data: bytes, name: str, place: Place, max_pixels: int) -> tuple[Pillow.Image, str]:
     if not data:
-        raise DataError(f"{place}: picture has 0 bytes; restore it or leave the sample out")
+        raise DataError(f"{place}: picture has 0 bytes; restore it or leave the sample out", "empty_picture")
     return _checked(_header(BytesIO(data), name, place, max_pixels), name, place, max_pixels)
 
 
@@ -166,23 +170,27 @@ def _header(stream: Any, name: str, place: Place, max_pixels: int) -> Pillow.Ima
         limit = min(max_pixels, PILLOW_LIMIT)
         raise DataError(
             f"{place}: picture {name} is above the limit of {limit:,} pixels ({reason(error)}); "
-            "shrink the picture or leave the sample out"
+            "shrink the picture or leave the sample out",
+            "oversized_picture",
         ) from None
     except Exception as error:  # a header parser may raise anything at broken data
         raise DataError(
             f"{place}: picture {name} is not a picture that can be opened ({reason(error)}); formats: "
-            f"{', '.join(_formats())}. Convert the file or leave the sample out"
+            f"{', '.join(_formats())}. Convert the file or leave the sample out",
+            "broken_picture",
         ) from None
 
 
 def _checked(image: Pillow.Image, name: str, place: Place, max_pixels: int) -> tuple[Pillow.Image, str]:
     width, height = image.size
     if width < 1 or height < 1:
-        raise DataError(f"{place}: picture {name} is {width}x{height} pixels, so it has none; leave the sample out")
+        told = f"{place}: picture {name} is {width}x{height} pixels, so it has none; leave the sample out"
+        raise DataError(told, "broken_picture")
     if width * height > max_pixels:
         raise DataError(
             f"{place}: picture {name} is {width}x{height} = {width * height:,} pixels, above the limit of "
-            f"{max_pixels:,}; shrink the picture, leave the sample out, or raise max_pixels (at most {PILLOW_LIMIT:,})"
+            f"{max_pixels:,}; shrink the picture, leave the sample out, or raise max_pixels (at most {PILLOW_LIMIT:,})",
+            "oversized_picture",
         )
     return image, name
 
@@ -198,7 +206,8 @@ def _data_url(url: str, place: Place) -> bytes:
     except (ValueError, binascii.Error) as error:
         raise DataError(
             f"{place}: data URL {_short(url, 40)!r} cannot be read ({reason(error)}); "
-            "expected data:image/png;base64,..."
+            "expected data:image/png;base64,...",
+            "broken_picture",
         ) from None
 
 

@@ -18,7 +18,7 @@ from chiasm import registry
 from chiasm.config import Config, PartConfig, part
 from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.processing.base import Counter, FrontEnd, Place
-from chiasm.processing.box import BoxFormat
+from chiasm.processing.box import BoxFormat, region_of, seen_regions
 from chiasm.processing.collate import collate, pack
 from chiasm.processing.jinja import JinjaConfig, resolved
 from chiasm.processing.messages import parse
@@ -262,23 +262,30 @@ class Processor:
         for medium in media:
             kind = medium.kind
             if kind not in self.front_ends:
-                raise DataError(f"sample {id!r}: this model takes no {kind}; {nearest(kind, self.front_ends)}")
-            items.append(self.front_ends[kind](medium, Place(id, seen.get(kind, 0), totals[kind])))
+                told = f"sample {id!r}: this model takes no {kind}; {nearest(kind, self.front_ends)}"
+                raise DataError(told, "medium")
+            place = Place(id, seen.get(kind, 0), totals[kind])
+            items.append(self.front_ends[kind](medium, place))
             seen[kind] = seen.get(kind, 0) + 1
         return items
 
     def _boxes(self, messages: tuple[Message, ...], items: Sequence[MediaItem], id: str) -> tuple[Message, ...]:
-        """Box parts become text; they need the size of the picture they lie in."""
+        """Box parts become text; they follow what the front end does with the picture they lie in."""
         if not any(isinstance(p, Box) for message in messages for p in message.parts):
             return messages
-        sizes = [item.layout.original for item in items if item.kind == "image"]
+        regions = seen_regions(messages, items, self.front_ends.get("image"), id)
 
         def write(box: Box) -> Text:
-            if not 0 <= box.image < len(sizes):
-                raise DataError(f"sample {id!r}: a box names picture {box.image}, the conversation has {len(sizes)}")
-            return Text(self.config.box.write(box, sizes[box.image], f"sample {id!r}"))
+            return Text(self.config.box.write(box, region_of(box, regions, id), f"sample {id!r}"))
 
         return tuple(replace(m, parts=tuple(write(p) if isinstance(p, Box) else p for p in m.parts)) for m in messages)
+
+    def boxes(self, text: str, messages: Conversation, image: int = 0, id: str = "") -> list[Box]:
+        """The boxes that an answer about picture number ``image`` gives, in that picture's pixels. Raises DataError."""
+        parsed = parse(messages, id)
+        regions = seen_regions(parsed, self._open(parsed, id), self.front_ends.get("image"), id)
+        region = region_of(Box((0, 0, 0, 0), image), regions, id)
+        return [Box(xyxy, image) for xyxy in self.config.box.read(text, region)]
 
     def _target(self, messages: Sequence[Message], id: str) -> list[int]:
         """The decoder's side: start token, last answer, end."""
@@ -342,24 +349,23 @@ class Processor:
                     first, last = int(item.slots[0]), int(item.slots[-1])
                     raise DataError(
                         f"sample {sample.id!r}: {item.kind} {number + 1} of {len(sample.media)} takes positions "
-                        f"{first} to "
-                        f"{last} of {len(sample)} but max_length is {limit}; a medium is never cut: raise max_length "
-                        f"to at "
-                        f"least {last + 1}, or use fewer or smaller media"
+                        f"{first} to {last} of {len(sample)} but max_length is {limit}; a medium is never cut: raise "
+                        f"max_length to at least {last + 1}, or use fewer or smaller media",
+                        "too_long",
                     )
             had = int(sample.loss_mask.sum())
             sample = replace(sample, input_ids=sample.input_ids[:limit], loss_mask=sample.loss_mask[:limit])
             if train and had and not sample.loss_mask.any():
                 raise DataError(
                     f"sample {sample.id!r}: max_length {limit} cuts off all of its {had} trained tokens; raise "
-                    f"max_length or "
-                    "shorten the question"
+                    "max_length or shorten the question",
+                    "too_long",
                 )
         if train and sample.target_ids is None and not sample.loss_mask.any():
             raise DataError(
                 f"sample {sample.id!r}: none of its {len(sample)} tokens is trained; add an assistant turn that has "
-                f"not "
-                "'train': false"
+                "not 'train': false",
+                "no_target",
             )
         return sample
 
@@ -370,8 +376,8 @@ def _check_answers(messages: Sequence[Message], id: str) -> None:
         if learned and not message.media and not message.text.strip():
             raise DataError(
                 f"sample {id!r}, message {number + 1}: the answer is empty ({len(message.text)} characters); give it "
-                f"a text, "
-                "or leave it out of training with 'train': false"
+                "a text, or leave it out of training with 'train': false",
+                "empty_answer",
             )
 
 
