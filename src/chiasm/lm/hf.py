@@ -246,7 +246,11 @@ def fill_buffers(model: Any) -> None:
             for name in lost:
                 old = getattr(module, name)
                 module.register_buffer(name, torch.empty_like(old, device=device), persistent=False)
+            kept = [(parameter, parameter.detach().clone()) for parameter in module.parameters(recurse=False)]
             model._init_weights(module)
+            with torch.no_grad():  # Gemma's embedding owns such a buffer: its loaded weight must stay
+                for parameter, values in kept:
+                    parameter.copy_(values)
 
 
 def _after_loading(lm: HFLM, _: Any) -> None:

@@ -147,8 +147,9 @@ def _processor_files(
     if kind == "llava_onevision":
         values |= {"num_image_tokens": tokens, "vision_aspect_ratio": config["vision_aspect_ratio"]}
     else:
-        has_class = isinstance(encoder, ViT.Config) and encoder.cls
-        values |= {"patch_size": encoder.patch, "num_additional_image_tokens": int(has_class)}
+        own = isinstance(encoder, ViT.Config)
+        patch, extra = (encoder.patch, int(encoder.cls)) if own else (encoder.geometry.patch, encoder.geometry.prefix)
+        values |= {"patch_size": patch, "num_additional_image_tokens": extra}
     if kind in VIDEO_PROCESSORS:
         video = processor.config.media["video"]
         values["video_token"] = video.placeholder

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from chiasm.config import PartConfig, diff
 from chiasm.convert import maps
-from chiasm.convert.rules import AnyRule, rename
+from chiasm.convert.rules import Alias, AnyRule, rename
 from chiasm.encoders.hf import HFEncoder
 from chiasm.encoders.vit import ViT
 from chiasm.errors import CheckpointError, ConfigError
@@ -152,7 +154,30 @@ def lm_rules(kind: str, config: Decoder.Config) -> list[AnyRule]:
 def _hf_lm(values: Mapping[str, Any]) -> Part:
     if "model_type" not in values:
         raise ConfigError("the language model's configuration has no 'model_type'")
-    return Part(HFLM.Config(config=dict(values)), [rename("{rest}", "model.{rest}")])
+    config = HFLM.Config(config=dict(values))
+    return Part(config, hf_rules(config))
+
+
+def hf_rules(config: HFLM.Config | HFEncoder.Config) -> list[AnyRule]:
+    """The rules of a model that transformers builds: names on disk ↔ names of its modules, where the two differ.
+
+    Version 5 renames modules and keeps the names on disk, by a table of its own that is asked here; version 4 does not.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return [rename("{rest}", "model.{rest}")]
+    with torch.device("meta"):
+        model: Any = HFLM(config).model if isinstance(config, HFLM.Config) else HFEncoder(config).model
+    state = model.state_dict()
+    ours = {id(tensor): name for name, tensor in state.items()}
+    on_disk = revert_weight_conversion(model, state)
+    pairs = [(ours[id(t)], name) for name, t in on_disk.items() if id(t) in ours and ours[id(t)] != name]
+    rules: list[AnyRule] = [Alias(module, disk) for module, disk in pairs]
+    if not any(name.startswith("vision_model.") for name in on_disk):
+        rules.append(Alias("vision_model.{rest}", "{rest}"))
+    rules += [rename(disk, "model." + module) for module, disk in pairs]
+    return [*rules, rename("{rest}", "model.{rest}")]
 
 
 def _window(kind: str, c: Mapping[str, Any]) -> tuple[int | None, bool]:
@@ -191,7 +216,7 @@ def _rope(c: Mapping[str, Any]) -> dict[str, Any] | None:
 def write_lm(config: PartConfig) -> tuple[dict[str, Any], list[AnyRule]]:
     """A language model of ours as a transformers configuration, and its rules. Raises CheckpointError."""
     if isinstance(config, HFLM.Config):
-        return dict(config.config), [rename("{rest}", "model.{rest}")]
+        return dict(config.config), hf_rules(config)
     if not isinstance(config, Decoder.Config):
         raise CheckpointError(f"a language model of type {config.type!r} has no counterpart in transformers")
     c = config
@@ -259,12 +284,10 @@ def read_tower(values: Mapping[str, Any], layer: int | None = -1, select: str = 
         values = {"model_type": _WHOLE[kind], **(values.get("vision_config") or {})}
         kind = values["model_type"] = _WHOLE[kind]
     if kind not in ("clip_vision_model", "siglip_vision_model", "vit"):
-        config = HFEncoder.Config.parse({"config": dict(values), "layer": layer, "select": select})
-        return Part(config, [rename("{rest}", "model.{rest}")])
+        return _hf_tower(values, layer, select)
     c = DEFAULTS[kind] | dict(values)
     if c["hidden_act"] not in _TOWER_ACTIVATIONS or (kind == "vit" and not c.get("qkv_bias", True)):
-        config = HFEncoder.Config.parse({"config": dict(values), "layer": layer, "select": select})
-        return Part(config, [rename("{rest}", "model.{rest}")])
+        return _hf_tower(values, layer, select)
     vit = ViT.Config.parse(
         {
             "image_size": c["image_size"],
@@ -288,6 +311,11 @@ def read_tower(values: Mapping[str, Any], layer: int | None = -1, select: str = 
     return Part(vit, tower_rules(kind))
 
 
+def _hf_tower(values: Mapping[str, Any], layer: int | None, select: str) -> Part:
+    config = HFEncoder.Config.parse({"config": dict(values), "layer": layer, "select": select})
+    return Part(config, hf_rules(config))
+
+
 def tower_rules(kind: str) -> list[AnyRule]:
     """The weight rules of a tower of transformers' ``model_type``."""
     return {"clip_vision_model": maps.clip_vit, "siglip_vision_model": maps.siglip_vit, "vit": maps.vit}[kind]()
@@ -296,7 +324,7 @@ def tower_rules(kind: str) -> list[AnyRule]:
 def write_tower(config: PartConfig) -> tuple[dict[str, Any], list[AnyRule]]:
     """A tower of ours as a transformers configuration, and its rules. Raises CheckpointError where it has none."""
     if isinstance(config, HFEncoder.Config):
-        return dict(config.config), [rename("{rest}", "model.{rest}")]
+        return dict(config.config), hf_rules(config)
     if not isinstance(config, ViT.Config):
         raise CheckpointError(f"an encoder of type {config.type!r} has no counterpart in transformers")
     c = config
