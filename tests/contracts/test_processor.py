@@ -252,3 +252,13 @@ def test_tokenizer_without_placeholder(tmp_path: Path) -> None:
     processor = Processor(ProcessingConfig(template="simple", media={"image": {"type": "size"}}), tokenizer, count)
     sample = processor([{"role": "user", "content": [Image((30, 20)), "what is it ?"]}], "s")
     assert sample.input_ids[sample.media[0].slots].tolist() == [tokenizer.unk_id] * 3
+
+
+def test_a_prompt_is_never_cut(processor: Processor) -> None:
+    messages = talk(30, 20)[:-1]
+    whole = processor(messages, "s", add_generation_prompt=True)
+    assert len(processor(messages, "s", add_generation_prompt=True, max_length=len(whole))) == len(whole)
+    with pytest.raises(
+        DataError, match=rf"sample 's': the prompt has {len(whole)} tokens but max_length is {len(whole) - 1}"
+    ):
+        processor(messages, "s", add_generation_prompt=True, max_length=len(whole) - 1)

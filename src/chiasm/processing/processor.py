@@ -150,7 +150,8 @@ class Processor:
             add_generation_prompt = True
         pieces = self.template.render(parsed, add_generation_prompt, f"sample {id!r}")
         sample = self._sample(id, pieces, items, target)
-        return self._cut(sample, max_length if max_length is not None else self.config.max_length, train)
+        limit = max_length if max_length is not None else self.config.max_length
+        return self._cut(sample, limit, train, prompt=add_generation_prompt)
 
     def batch(
         self,
@@ -340,8 +341,10 @@ class Processor:
             prefix = []
         return prefix, [False] * len(prefix)
 
-    def _cut(self, sample: Sample, limit: int | None, train: bool) -> Sample:
-        """Take off the end of a sample that is too long. DataError where that would touch a medium or every target."""
+    def _cut(self, sample: Sample, limit: int | None, train: bool, prompt: bool) -> Sample:
+        """Take off the end of a sample that is too long. DataError where that would touch a medium, every target, or the
+        end of a prompt: what is left of it would not ask for an answer any more.
+        """
         if limit is not None and len(sample) > limit:
             for number, item in enumerate(sample.media):
                 assert item.slots is not None
@@ -353,6 +356,12 @@ class Processor:
                         f"max_length to at least {last + 1}, or use fewer or smaller media",
                         "too_long",
                     )
+            if prompt:
+                raise DataError(
+                    f"sample {sample.id!r}: the prompt has {len(sample)} tokens but max_length is {limit}; a prompt is never "
+                    f"cut: raise max_length to at least {len(sample)}, or shorten the conversation",
+                    "too_long",
+                )
             had = int(sample.loss_mask.sum())
             sample = replace(sample, input_ids=sample.input_ids[:limit], loss_mask=sample.loss_mask[:limit])
             if train and had and not sample.loss_mask.any():
