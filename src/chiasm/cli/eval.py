@@ -15,8 +15,8 @@ from chiasm.cli.options import MODEL, OVERRIDES, loading, open_model
 @OVERRIDES
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder of results. Default: MODEL/eval.")
 @click.option("--limit", default=None, type=click.IntRange(1), help="Only the first so many examples of each source.")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=None, type=click.IntRange(1), help="Default: the recipe's.")
+@click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="Default: the recipe's.")
 @click.option("--no-shuffled", is_flag=True, help="Leave out the control with shuffled pictures.")
 @loading
 def command(
@@ -25,8 +25,8 @@ def command(
     overrides: tuple[str, ...],
     out: Path | None,
     limit: int | None,
-    batch_size: int,
-    max_new_tokens: int,
+    batch_size: int | None,
+    max_new_tokens: int | None,
     no_shuffled: bool,
     device: str | None,
     dtype: str | None,
@@ -45,5 +45,5 @@ def command(
         limit=limit,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        shuffled=not no_shuffled,
+        shuffled=False if no_shuffled else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import chiasm
 from chiasm.data.base import Example
 from chiasm.errors import ConfigError
 from chiasm.eval.runner import Comparison, compare, held_out
+from chiasm.processing.fingerprint import fingerprint
 from chiasm.report.run import Shown, StageReport, picture_urls, write_report
 
 
@@ -54,7 +56,8 @@ def evaluate_recipe(vlm: Any, recipe: Any, out: Any, console: Console | None = N
         for pictures, result in (("true", comparison.true), ("shuffled", comparison.shuffled)):
             for answer in result.answers if result else ():
                 file.write(json.dumps({"pictures": pictures, **asdict(answer)}, ensure_ascii=False) + "\n")
-    write_run_report(recipe, out, comparison, examples, spec.examples, receipt)
+    path = write_run_report(recipe, out, comparison, examples, spec.examples, receipt)
+    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
     return comparison
 
 
@@ -121,10 +124,15 @@ def results_table(comparison: Comparison) -> Table:
     return table
 
 
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _receipt(vlm: Any, recipe: Any, comparison: Comparison) -> dict[str, Any]:
     """What a number was made with: enough to make it again, or to see why another one differs."""
     return {
         "model": vlm.config.hash(),
+        "fingerprint": _hash(fingerprint(vlm.processor)),  # prompts and pixels of the probe conversations
         "history": list(vlm.config.provenance.history),
         "recipe": recipe.hash(),
         "held_out": {name: entry.dump() for name, entry in recipe.held_out.items()},

@@ -108,8 +108,8 @@ class Run:
         if self.held_out:
             self.comparison = evaluate_recipe(self.vlm, self.recipe, self.out, console=self.console)
         else:
-            write_run_report(self.recipe, self.out, None)
-        self.console.print(f"Report: {self.out / 'report.html'}", highlight=False)
+            path = write_run_report(self.recipe, self.out, None)
+            self.console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 
     def _renderer(self, stage: Stage) -> Renderer:
         processor = self.vlm.processor
