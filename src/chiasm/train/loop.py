@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from chiasm import registry
+from chiasm.data.features import FeatureCache
 from chiasm.data.loader import BatchPlan, Renderer, Spec, load
 from chiasm.data.mixture import Mixture
 from chiasm.data.quarantine import BadSamples, Skips
@@ -99,6 +100,8 @@ class StageRun:
         self.optimizer = optim.adamw(self.masters, self.plan, self.stage.weight_decay, self.stage.betas)
         self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
         print_plan(self.console, self.stage.name, self.plan)
+        folder = self.stage.feature_cache
+        self.features = FeatureCache(folder, self.model) if folder else None
         try:
             with torch.random.fork_rng():  # dropout may draw from the global generator; the caller's is left as it was
                 torch.manual_seed(self.seed)
@@ -112,7 +115,8 @@ class StageRun:
     def _run(self, start: int) -> None:
         most = self.bad.most(len(self.batches.mixture))
         skips = Skips(self.out / "skipped.jsonl", most, start if start else None)
-        stream = load(self.batches, self.renderer, start, self.steps, self.stage.workers, skips)
+        renderer = self.features.renderer(self.renderer) if self.features else self.renderer
+        stream = load(self.batches, renderer, start, self.steps, self.stage.workers, skips)
         since, clock = Tally(), time.perf_counter()
         with Bars(self.console, self.stage.name, self.steps, start) as bars:
             step_tally = Tally()
@@ -132,10 +136,14 @@ class StageRun:
                     since, clock = Tally(), now
                 clock += self._pause(done)
         self.log.close()
+        if self.features:
+            self.console.print(f"Stage {self.stage.name}: {self.features.told()}", highlight=False)
 
     def backward(self, batch: Batch, spec: Spec) -> Tally:
         """Gradients of one micro-batch's loss sum, added to those that are there. Raises NotFinite."""
         batch = batch.to(self.model.device, dtype=self.model.dtype)
+        if self.features:
+            batch = self.features.fill(batch)
         loss = self.objective(self.model, batch)
         total = float(loss.total.detach())
         if not math.isfinite(total):
@@ -202,7 +210,7 @@ class StageRun:
 
 def _identity(stage: Stage) -> str:
     """What two runs must share so that one may go on with the other's checkpoint."""
-    free = {"workers", "log_every", "eval_every", "save_every", "keep_last", "check_samples"}
+    free = {"workers", "feature_cache", "log_every", "eval_every", "save_every", "keep_last", "check_samples"}
     return stage.model_copy(update={name: Stage.model_fields[name].default for name in free}).hash()
 
 

@@ -52,6 +52,7 @@ class Stage(Config):
     bucket: int = Field(default=0, ge=0)  # steps whose samples are sorted by length together; 0: none
     pack: bool = False  # samples of a micro-batch one after the other in one row, without padding
     workers: int = Field(default=0, ge=0)
+    feature_cache: str | None = None  # a folder for the features of frozen encoders; None: encode each time
     log_every: int = Field(default=10, gt=0)
     eval_every: int | None = Field(default=None, gt=0)  # steps between held-out losses
     save_every: int | None = Field(default=None, gt=0)  # steps between checkpoints
