@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image as Pictures
 
-from chiasm.data.sources.playground.scenes import PLACES, SHAPES, SIZES, Scene, Scenes, Thing, grid, paint, vary
+from chiasm.data.sources.playground.scenes import PLACES, SHAPES, SIZES, Scene, Scenes, Thing, paint, vary
 from chiasm.data.sources.playground.world import COLORS, Family, Question, Split
 from chiasm.errors import DataError
 from chiasm.types import Image, Media
@@ -55,7 +55,6 @@ class Digits(Family):
     kinds = (
         *("digit_of_color", "digit_at", "color_of_digit", "count_digits"),
         *("largest", "smallest", "sum", "greater"),
-        "grid",
     )
     balanced: ClassVar[dict[str, tuple[str, ...]]] = {"greater": ("yes", "no"), "count_digits": ("1", "2", "3")}
 
@@ -77,7 +76,7 @@ class Digits(Family):
         return tuple(things)
 
     def describe(self, thing: Scene) -> str:
-        """``a red 7 at the top left and a small blue star at the center``."""
+        """``at the top left a red 7 and at the center a small blue star``."""
         return Scenes().describe(thing)
 
     def draw(self, thing: Scene, size: int, rng: Random) -> tuple[Media, ...]:
@@ -90,8 +89,6 @@ class Digits(Family):
 
     def ask(self, thing: Scene, kind: str, rng: Random) -> Question | None:
         """A question of this kind, or None."""
-        if kind == "grid":
-            return grid(thing)
         digits = [t for t in thing if t.ink is not None]
         values = [int(t.name) for t in digits]
         target = rng.choice(digits)
@@ -116,16 +113,18 @@ class Digits(Family):
 
 
 class Crowds(Digits):
-    """Five to nine shapes and digits in one picture: much to see at once. For training towers, not for questions."""
+    """A number of shapes and digits in one picture, of any colours. For training towers, not for questions."""
 
-    name = "crowd"
-    kinds = ("grid",)
+    kinds = ("caption",)
     balanced: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def __init__(self, name: str, fewest: int, most: int):
+        self.name, self.fewest, self.most = name, fewest, most
 
     def sample(self, rng: Random, split: Split) -> Scene:
         """Things with independent colours; four in ten are digits."""
         things = []
-        for place in sorted(rng.sample(range(9), rng.randint(5, 9))):
+        for place in sorted(rng.sample(range(9), rng.randint(self.fewest, self.most))):
             color = rng.choice(list(COLORS))
             if rng.random() < 0.4:
                 digit = str(rng.randrange(10))

@@ -57,7 +57,7 @@ class Pairs(Family):
         return Pair(first, first, "nothing")
 
     def describe(self, thing: Pair) -> str:
-        """``first a large red circle at the top; second a large blue circle at the top``."""
+        """``first at the top a large red circle; second at the top a large blue circle``."""
         return f"first {Scenes().describe(thing.first)}; second {Scenes().describe(thing.second)}"
 
     def draw(self, thing: Pair, size: int, rng: Random) -> tuple[Media, ...]:

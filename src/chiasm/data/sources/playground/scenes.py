@@ -59,7 +59,6 @@ class Scenes(Family):
         *("color", "shape", "where", "what", "size"),
         *("count_all", "count_color", "count_shape"),
         *("relation", "relative_color", "relative_shape"),
-        "grid",
     )
     balanced: ClassVar[dict[str, tuple[str, ...]]] = {
         "size": SIZES,
@@ -81,8 +80,8 @@ class Scenes(Family):
         return tuple(Thing(rng.choice(shapes), rng.choice(colors), rng.choice(SIZES), place) for place in places)
 
     def describe(self, thing: Scene) -> str:
-        """``a small red circle at the top left and a large blue star at the center``."""
-        return listed([f"{article(t.words)} at the {PLACES[t.place]}" for t in thing])
+        """``at the top left a small red circle and at the center a large blue star``."""
+        return listed([f"at the {PLACES[t.place]} {article(t.words)}" for t in thing])
 
     def draw(self, thing: Scene, size: int, rng: Random) -> tuple[Media, ...]:
         """One picture; places, sizes and the background vary a little."""
@@ -90,8 +89,6 @@ class Scenes(Family):
 
     def ask(self, thing: Scene, kind: str, rng: Random) -> Question | None:
         """A question of this kind, or None."""
-        if kind == "grid":
-            return grid(thing)
         if kind == "count_all":
             return Question(kind, "How many objects are there?", str(len(thing)))
         if kind == "count_color":
@@ -103,12 +100,6 @@ class Scenes(Family):
         if kind in ("relation", "relative_color", "relative_shape"):
             return _relation(thing, kind, rng)
         return _attribute(thing, kind, rng)
-
-
-def grid(scene: Scene) -> Question:
-    """What is at each of the nine places, row by row: ``nothing, red circle, nothing, ...``."""
-    found = {t.place: t.words for t in scene}
-    return Question("grid", "What is at each place?", ", ".join(found.get(p, "nothing") for p in range(9)))
 
 
 def _attribute(scene: Scene, kind: str, rng: Random) -> Question | None:

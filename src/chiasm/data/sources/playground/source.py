@@ -21,8 +21,8 @@ from chiasm.registry import register
 from chiasm.types import Media, Message, Text
 
 SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS = Scenes(), Digits(), Charts(), Signs(), Bills(), Pairs(), Clips()
-CROWDS = Crowds()
-FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS, CROWDS)
+SOLOS, CROWDS = Crowds("solo", 1, 1), Crowds("crowd", 4, 9)
+FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS, SOLOS, CROWDS)
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,8 @@ TASKS: dict[str, Task] = {
     "document": Task(BILLS, BILLS.kinds),
     "comparison": Task(PAIRS, PAIRS.kinds),
     "clip": Task(CLIPS, CLIPS.kinds),
-    "scene_grid": Task(SCENES, ("grid",)),
-    "digit_grid": Task(DIGITS, ("grid",)),
-    "crowd_grid": Task(CROWDS, ("grid",)),
+    "solo_caption": Task(SOLOS, ("caption",)),
+    "crowd_caption": Task(CROWDS, ("caption",)),
     "caption": Task(SCENES, ("caption",)),
     "digit_caption": Task(DIGITS, ("caption",)),
     "chart_caption": Task(CHARTS, ("caption",)),
@@ -58,7 +57,7 @@ TASKS: dict[str, Task] = {
     "clip_caption": Task(CLIPS, ("caption",)),
 }
 SCENE_AND_DIGIT_TASKS = ("scene_qa", "scene_count", "scene_reasoning", "scene_turns", "digit_qa", "digit_reasoning")
-CAPTION_TASKS = tuple(name for name, task in TASKS.items() if task.kinds[0] in ("caption", "grid"))
+CAPTION_TASKS = tuple(name for name, task in TASKS.items() if task.kinds == ("caption",))
 QUESTION_TASKS = tuple(name for name in TASKS if name not in CAPTION_TASKS)
 
 
