@@ -20,6 +20,7 @@ from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.processing.base import Counter, FrontEnd, Place
 from chiasm.processing.box import BoxFormat, region_of, seen_regions
 from chiasm.processing.collate import collate, pack
+from chiasm.processing.cut import cut
 from chiasm.processing.jinja import JinjaConfig, resolved
 from chiasm.processing.messages import parse
 from chiasm.processing.template import Template
@@ -151,7 +152,7 @@ class Processor:
         pieces = self.template.render(parsed, add_generation_prompt, f"sample {id!r}")
         sample = self._sample(id, pieces, items, target)
         limit = max_length if max_length is not None else self.config.max_length
-        return self._cut(sample, limit, train, prompt=add_generation_prompt)
+        return cut(sample, limit, train, prompt=add_generation_prompt)
 
     def batch(
         self,
@@ -340,43 +341,6 @@ class Processor:
         if prefix and encoding.ids[: len(prefix)] == prefix:
             prefix = []
         return prefix, [False] * len(prefix)
-
-    def _cut(self, sample: Sample, limit: int | None, train: bool, prompt: bool) -> Sample:
-        """Take off the end of a sample that is too long. DataError where that would touch a medium, every target, or the
-        end of a prompt: what is left of it would not ask for an answer any more.
-        """
-        if limit is not None and len(sample) > limit:
-            for number, item in enumerate(sample.media):
-                assert item.slots is not None
-                if len(item.slots) and int(item.slots[-1]) >= limit:
-                    first, last = int(item.slots[0]), int(item.slots[-1])
-                    raise DataError(
-                        f"sample {sample.id!r}: {item.kind} {number + 1} of {len(sample.media)} takes positions "
-                        f"{first} to {last} of {len(sample)} but max_length is {limit}; a medium is never cut: raise "
-                        f"max_length to at least {last + 1}, or use fewer or smaller media",
-                        "too_long",
-                    )
-            if prompt:
-                raise DataError(
-                    f"sample {sample.id!r}: the prompt has {len(sample)} tokens but max_length is {limit}; a prompt is never "
-                    f"cut: raise max_length to at least {len(sample)}, or shorten the conversation",
-                    "too_long",
-                )
-            had = int(sample.loss_mask.sum())
-            sample = replace(sample, input_ids=sample.input_ids[:limit], loss_mask=sample.loss_mask[:limit])
-            if train and had and not sample.loss_mask.any():
-                raise DataError(
-                    f"sample {sample.id!r}: max_length {limit} cuts off all of its {had} trained tokens; raise "
-                    "max_length or shorten the question",
-                    "too_long",
-                )
-        if train and sample.target_ids is None and not sample.loss_mask.any():
-            raise DataError(
-                f"sample {sample.id!r}: none of its {len(sample)} tokens is trained; add an assistant turn that has "
-                "not 'train': false",
-                "no_target",
-            )
-        return sample
 
 
 def _check_answers(messages: Sequence[Message], id: str) -> None:
