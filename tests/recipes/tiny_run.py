@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from chiasm.data.loader import Renderer
+from chiasm.data.mixture import Entry, Mixture
 from chiasm.vlm import VLM, build
 
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 220), "yellow": (230, 210, 30)}
@@ -115,6 +116,23 @@ def write_pictures(folder: Path, count: int = 8) -> Path:
     file = folder / "train.json"
     file.write_text(json.dumps(records))
     return file
+
+
+def write_mixed(folder: Path) -> Mixture:
+    """Four samples as unlike as can be: one picture, none, two, and several turns."""
+    write_pictures(folder)
+    talks = [
+        (["0.png"], ["<image>\nColors?", "red green"]),
+        (None, ["What is the capital of Peru, and where does it lie?", "Lima, at the coast."]),
+        (["1.png", "2.png"], ["<image> or <image>?", "b"]),
+        ("3.png", ["<image>\nColors?", "green red", "The left one?", "green", "Sure?", "yes"]),
+    ]
+    records = []
+    for i, (image, words) in enumerate(talks):
+        turns = [{"from": ("human", "gpt")[j % 2], "value": word} for j, word in enumerate(words)]
+        records.append({"id": f"m{i}", "conversations": turns} | ({"image": image} if image else {}))
+    (folder / "mixed.json").write_text(json.dumps(records))
+    return Mixture({"mixed": Entry(source=source(folder) | {"file": str(folder / "mixed.json")})})
 
 
 def source(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.table import Table
 import chiasm
 from chiasm.data.base import Example
 from chiasm.errors import ConfigError
-from chiasm.eval.runner import Comparison, compare, held_out
+from chiasm.eval.runner import Comparison, compare, held_out, question
 from chiasm.processing.fingerprint import fingerprint
 from chiasm.report.run import Shown, StageReport, picture_urls, write_report
 
@@ -104,6 +104,7 @@ def choose(comparison: Comparison, examples: list[Example], most: int) -> list[S
             score=a.score,
             shuffled=other.get((a.source, a.id)),
             pictures=picture_urls(by_id[a.source, a.id]),
+            earlier=[(m.role, m.text) for m in question(by_id[a.source, a.id])[0][:-1]],
         )
         for a in chosen
         if (a.source, a.id) in by_id

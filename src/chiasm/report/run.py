@@ -87,6 +87,7 @@ class Shown:
     score: float
     shuffled: str | None
     pictures: list[str]
+    earlier: list[tuple[str, str]] = field(default_factory=list)  # (role, text) of the turns before the question
 
 
 def write_report(

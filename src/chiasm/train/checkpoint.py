@@ -27,7 +27,8 @@ def save(folder: Path, step: int, masters: Masters, optimizer: torch.optim.Optim
     """Write ``folder/step-…`` and remove all but the newest ``keep``."""
     final = folder / f"step-{step:06d}"
     aside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.glob(".step-*"):  # of a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     weights = {name: p.detach().cpu().contiguous() for name, p in masters.masters.items()}
     save_file(weights, aside / "weights.safetensors")
