@@ -53,3 +53,9 @@ class Source:
 
     def __getitem__(self, index: int) -> Example:
         raise NotImplementedError
+
+
+def id_of(source: Source, index: int) -> str:
+    """The id of an example, without opening it where the source can tell; its number where nothing can."""
+    told = getattr(source, "id_of", None)
+    return told(index) if told else str(index)

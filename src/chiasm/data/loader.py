@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from chiasm.data.base import Example, with_answer
+from chiasm.data.base import Example, id_of, with_answer
 from chiasm.data.mixture import Mixture, Ref, permutation
 from chiasm.data.quarantine import Quarantined, Skips
 from chiasm.errors import ChiasmError, DataError
@@ -139,7 +139,7 @@ class _Made(Dataset):
                     example = self.mixture[ref]
                     samples.append(self.renderer.sample(example))
                 except DataError as error:
-                    id = example.id if example else str(ref[1])
+                    id = example.id if example else id_of(self.mixture.sources[ref[0]], ref[1])
                     name = self.mixture.names[ref[0]]
                     bad.append((Quarantined(name, ref[1], id, error.fault or "record", str(error)), error))
             return spec, self.renderer.collate(samples) if samples else None, bad

@@ -117,6 +117,13 @@ class RecordSource(Source):
         id = str(record.get("id", index))
         return id, f"{self.config.file}, sample {id!r}"
 
+    def id_of(self, index: int) -> str:
+        """A record's id, also where the rest of it cannot be used; its number where it cannot be read."""
+        try:
+            return self.where(index, self.records[index])[0]
+        except DataError:
+            return str(index)
+
 
 def _stamp(file: int) -> tuple[int, int]:
     status = os.fstat(file)
