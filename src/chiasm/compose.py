@@ -57,7 +57,9 @@ def _sources(config: FusionConfig, connector: str) -> tuple[str, ...]:
     """The encoders that feed a connector: those of the streams that name it."""
     found = {stream.encoders for stream in config.media.values() if stream.connector == connector}
     if len(found) != 1:
-        raise ConfigError(f"connector {connector!r} is fed by {len(found)} different sets of encoders; give it one stream's")
+        raise ConfigError(
+            f"connector {connector!r} is fed by {len(found)} different sets of encoders; it needs exactly one"
+        )
     sources = found.pop()
     for source in sources:
         if source not in config.encoders:
@@ -68,7 +70,8 @@ def _sources(config: FusionConfig, connector: str) -> tuple[str, ...]:
 def _compare(owner: str, kind: str, shape: tuple[int, ...], counted: int, produced: int) -> None:
     if counted != produced:
         raise ConfigError(
-            f"{owner} counts {counted} tokens for a {kind} of shape {shape} but produces {produced}: mend its Config.count"
+            f"{owner} counts {counted} tokens for a {kind} of shape {shape} but produces {produced}: mend "
+            "its Config.count"
         )
 
 

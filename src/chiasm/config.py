@@ -1,7 +1,7 @@
 """Strict nested configurations: frozen, typed, an unknown key is an error that names the nearest known ones.
 
-A part's configuration is a ``PartConfig`` nested in the part's class as ``Config``; its ``type`` is the part's registered
-name. ``part("connector")`` makes a field that takes any connector's configuration, as a dict or as an object.
+A part's configuration is a ``PartConfig`` nested in the part's class as ``Config``; its ``type`` is the part's
+registered name. ``part("connector")`` makes a field that takes any connector's configuration, as a dict or an object.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class RegistryError(ChiasmError):
 class DataError(ChiasmError):
     """A sample that cannot be used as it is.
 
-    ``fault`` names the kind of fault (``chiasm.data.check.kinds``), so that faults can be counted without reading texts.
+    ``fault`` names the kind of fault (``chiasm.data.check.kinds``), so that faults are counted without reading texts.
     """
 
     def __init__(self, message: str, fault: str = ""):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from chiasm.config import Config, part
 from chiasm.errors import ConfigError
@@ -22,8 +22,8 @@ class Provenance(Config):
 
     preset: str | None = None
     paper: str | None = None
-    base: dict[str, str] = {}  # part of the network → what its weights were read from
-    licences: dict[str, str] = {}  # part or data set → its licence
+    base: dict[str, str] = Field(default_factory=dict)  # part of the network → what its weights were read from
+    licences: dict[str, str] = Field(default_factory=dict)  # part or data set → its licence
     history: tuple[str, ...] = ()  # what was done to the weights, oldest first
     ignored_fingerprint: tuple[str, ...] = ()  # differences in prompt or pixels that somebody chose to ignore
 
@@ -49,7 +49,7 @@ class VLMConfig(Config):
     format: str = FORMAT
     model: part("fusion")  # type: ignore[valid-type]
     processing: ProcessingConfig
-    weights: dict[str, str] = {}
+    weights: dict[str, str] = Field(default_factory=dict)
     tokenizer: str | None = None
     provenance: Provenance = Provenance()
 

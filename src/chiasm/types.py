@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant")
 
 
-# --------------------------------------------------------------------------------------------------- parts of a message
+# ------------------------------------------------------------------------------------------------ parts of a message
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Image(Media):
 
 @dataclass(frozen=True)
 class Video(Media):
-    """A clip: a path, or a sequence of pictures. ``fps`` is needed only where ``data`` is a sequence (frames/second)."""
+    """A clip: a path, or a sequence of pictures. ``fps`` (frames/second) is needed only for a sequence."""
 
     fps: float | None = None
     kind: ClassVar[str] = "video"
@@ -114,7 +114,7 @@ class Message:
         return tuple(p for p in self.parts if isinstance(p, Media))
 
 
-# --------------------------------------------------------------------------------------------------- a rendered conversation
+# ------------------------------------------------------------------------------------------- a rendered conversation
 
 
 @dataclass(frozen=True)
@@ -142,15 +142,15 @@ class Encoding:
     spans: list[tuple[int, int]]
 
 
-# --------------------------------------------------------------------------------------------------- tensors of a sample
+# ----------------------------------------------------------------------------------------------- tensors of a sample
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a medium was cut into units: all that is needed to count its tokens and to put them together again.
 
-    ``shape`` is the shape of one unit (for a picture ``(3, height, width)``), ``grid`` the (rows, columns) of tiles that
-    follow the base tile ((0, 0): there are none), ``original`` the (height, width) in pixels before any change.
+    ``shape`` is the shape of one unit (for a picture ``(3, height, width)``), ``grid`` the (rows, columns) of tiles
+    that follow the base tile ((0, 0): there are none), ``original`` the (height, width) in pixels before any change.
     """
 
     units: int
@@ -221,12 +221,9 @@ class Batch:
             if not hasattr(x, "to"):
                 return x
             floating = getattr(x, "is_floating_point", lambda: False)()
-            return x.to(device, dtype=dtype, non_blocking=True) if floating and dtype else x.to(device, non_blocking=True)
+            return x.to(device, dtype=dtype if floating else None, non_blocking=True)
 
-        media = {
-            kind: replace(m, inputs=move(m.inputs), slots=move(m.slots))
-            for kind, m in self.media.items()
-        }
+        media = {kind: replace(m, inputs=move(m.inputs), slots=move(m.slots)) for kind, m in self.media.items()}
         return Batch(
             move(self.input_ids),
             move(self.positions),
@@ -241,7 +238,7 @@ class Batch:
         )
 
 
-# --------------------------------------------------------------------------------------------------- tensors of a model
+# ------------------------------------------------------------------------------------------------ tensors of a model
 
 
 @dataclass
@@ -271,7 +268,7 @@ class Output:
     named: dict[str, Any] = field(default_factory=dict)  # "image/features", "image/projected", "image/merged", ...
 
 
-# --------------------------------------------------------------------------------------------------- counting
+# ---------------------------------------------------------------------------------------------------------- counting
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_printed_connector_works(monkeypatch):
-    code = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S) if "class GatedLinear" in b)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    code = next(block for block in blocks if "class GatedLinear" in block)
     module = types.ModuleType("printed_connector")
     monkeypatch.setitem(sys.modules, "printed_connector", module)
     registry.names("connector")

@@ -28,7 +28,7 @@ class Fusion(nn.Module):
     config: FusionConfig
 
     def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:
-        """Batch ``[B, T]`` → ``Output`` with hidden ``[B, T, D]`` and logits where asked (``Output`` says the shapes)."""
+        """Batch ``[B, T]`` → ``Output``: hidden ``[B, T, D]`` and the logits asked for, as ``Output`` says."""
         raise NotImplementedError
 
     def step(self, ids: Tensor, positions: Tensor, segments: Tensor, cache: Any) -> Tensor:

@@ -10,7 +10,7 @@ from chiasm.types import Layout, Media, MediaItem
 
 
 class FrontEndConfig(PartConfig):
-    """What a front end is built from. ``placeholder`` is the token (as in the tokenizer) whose id fills the media's slots."""
+    """What a front end is built from. ``placeholder`` is the tokenizer's token whose id fills the media's slots."""
 
     placeholder: str | None = None
 
@@ -40,12 +40,12 @@ class FrontEnd:
         self.config = config
 
     def __call__(self, medium: Media, place: Place) -> MediaItem:
-        """A media part → ``MediaItem`` with ``inputs [U, *shape]`` (float32, contiguous) and its layout; slots come later."""
+        """A media part → ``MediaItem``: ``inputs [U, *shape]`` (float32, contiguous), layout; slots come later."""
         raise NotImplementedError
 
 
 class Counter(Protocol):
-    """Gives the number of tokens a medium takes, before any model runs. Made by ``compose``; holds configurations only."""
+    """Gives the number of tokens a medium takes, before any model runs. Holds configurations only."""
 
     def __call__(self, kind: str, layout: Layout) -> int:
         """Tokens of one medium of this kind and layout."""

@@ -25,8 +25,8 @@ def cut(sample: Sample, limit: int | None, train: bool, prompt: bool) -> Sample:
                 )
         if prompt:
             raise DataError(
-                f"sample {sample.id!r}: the prompt has {len(sample)} tokens but max_length is {limit}; a prompt is never "
-                f"cut: raise max_length to at least {len(sample)}, or shorten the conversation",
+                f"sample {sample.id!r}: the prompt has {len(sample)} tokens but max_length is {limit}; a prompt is "
+                f"never cut: raise max_length to at least {len(sample)}, or shorten the conversation",
                 "too_long",
             )
         had = int(sample.loss_mask.sum())
