@@ -122,9 +122,9 @@ class VLM:
         The folder is one of transformers, of this package or, for a connector, of the original LLaVA. Raises
         CheckpointError where its configuration or a tensor does not fit.
         """
-        load_part(self.model, part, path, allow_pickle)
+        dropped = own.dropped(load_part(self.model, part, path, allow_pickle))
         note = f"weights of {part} read from {path}"
-        provenance = self.config.provenance.add(note, base={part: str(path)})
+        provenance = self.config.provenance.add(note, *dropped, base={part: str(path)})
         self.config = self.config.model_copy(update={"provenance": provenance})
         return self
 
@@ -236,9 +236,9 @@ def load(
     options = Options(template, None if vision_tower is None else Path(vision_tower), allow_pickle)
     found = reader_of(values, path).read(path, values, options)
     tokenizer = Tokenizer.from_folder(found.tokenizer)
-    model = own.filled(found.config, found.weights, found.rules, as_dtype(dtype), device)
+    model, dropped = own.filled(found.config, found.weights, found.rules, as_dtype(dtype), device)
     note = f"read from {name} (transformers or original layout)"
-    config = found.config.model_copy(update={"provenance": found.config.provenance.add(note, *found.notes)})
+    config = found.config.model_copy(update={"provenance": found.config.provenance.add(note, *dropped)})
     processor = Processor(config.processing, cast(TokenizerLike, tokenizer), config.model.count)
     return VLM(config, model, processor).eval()
 

@@ -165,6 +165,17 @@ def test_a_value_beyond_a_narrower_type_is_refused(copy: Path):
         chiasm.load(copy, dtype="float16")
 
 
+def test_training_what_was_loaded_leaves_the_file_alone(copy: Path):
+    before = (copy / "model.safetensors").read_bytes()
+    vlm = chiasm.load(copy)
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            parameter.add_(1.0)
+    assert (copy / "model.safetensors").read_bytes() == before
+    assert not torch.equal(chiasm.load(copy).state_dict()["lm.norm.weight"], vlm.state_dict()["lm.norm.weight"])
+    assert all(p.requires_grad for p in vlm.parameters())
+
+
 # ------------------------------------------------------------------------------------------------------ strict tensors
 
 

@@ -8,6 +8,7 @@ arithmetic of their processor classes (their unbound methods) gives the ids.
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,7 +100,9 @@ def prompt(made: Any, messages: list[Any]) -> str:
         for m in messages
     ]
     template = (made.folder / "chat_template.jinja").read_text()
-    return made.tokenizer.apply_chat_template(stripped, chat_template=template, tokenize=False, add_generation_prompt=True)
+    return made.tokenizer.apply_chat_template(
+        stripped, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
 
 
 def expand(made: Any, prompts: list[str], images: dict[str, Any]) -> list[str]:
@@ -344,6 +347,27 @@ def test_padding_of_llava_pictures(tmp_path: Path):
     vlm.export(tmp_path / "out")
     again = transformers.LlavaImageProcessorPil.from_pretrained(tmp_path / "out")
     assert torch.equal(ours, again([picture], return_tensors="pt")["pixel_values"])
+
+
+def test_sharded_without_a_network_and_in_a_half_type(
+    folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = folders["llava_onevision"]
+    folder = save_folder(tmp_path / "a name that says nothing", made.kind, made.model, made.tokenizer)
+    (folder / "model.safetensors").unlink()
+    made.model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    one, two = chiasm.load(folder).state_dict(), chiasm.load(made.folder).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    half = chiasm.load(folder, dtype=torch.float16)
+    half.save(tmp_path / "half")
+    assert chiasm.load(tmp_path / "half").dtype == torch.float16  # as stored
 
 
 def test_vocabulary_rows_beyond_the_tokenizer_are_kept(folders: dict[str, Any]):

@@ -95,6 +95,9 @@ def test_a_tower_without_its_last_block(tmp_path: Path):
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(shorter.model.encoders["image"](pixels).x, whole.model.encoders["image"](pixels).x)
+    history = shorter.config.provenance.history
+    assert any("16 tensors left out" in line and "after the 2 blocks that this model has" in line for line in history)
+    assert any("pooling or projection head" in line for line in history)
     with pytest.raises(CheckpointError, match=r"encoders.image: .*depth is 4 here, 3 there"):
         compose(tower=config.edit(depth=4)).load_part("encoders.image", tmp_path / "t")
     with pytest.raises(CheckpointError, match=r"activation is 'quick_gelu' here, 'gelu_tanh' there"):

@@ -11,7 +11,7 @@ import torch
 from chiasm.compose import build_model
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import Weights, open_weights, read_json, replaced_folder, write_json, write_weights
-from chiasm.convert.rules import AnyRule, rename
+from chiasm.convert.rules import AnyRule, Plan, rename
 from chiasm.errors import CheckpointError, FingerprintError
 from chiasm.fusion.base import Fusion
 from chiasm.lm.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def load(
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", FINGERPRINT)):
         processor = Processor(config.processing, cast(TokenizerLike, Tokenizer.from_folder(folder)), config.model.count)
         config = _verified(config, processor, folder, ignore_fingerprint)
-    model = filled(config, open_weights(folder, allow_pickle), SAME_NAMES, dtype, device)
+    model, _ = filled(config, open_weights(folder, allow_pickle), SAME_NAMES, dtype, device)
     return config, model, processor
 
 
@@ -76,16 +76,30 @@ def filled(
     rules: Sequence[AnyRule],
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-) -> Fusion:
-    """The network of a configuration with the tensors of ``weights``, read one by one into their type and place."""
+) -> tuple[Fusion, list[str]]:
+    """The network of a configuration with the tensors of ``weights``, read one by one into their type and place.
+
+    The second value says, for the provenance, which tensors were left out and why.
+    """
     dtype = dtype or weights.dtype()
     model = build_model(config.model, "meta", dtype)
-    load_weights(model, weights, rules, dtype, device)
+    plan = load_weights(model, weights, rules, dtype, device)
     lost = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if lost:  # a part computes buffers when it is built: build it where it will live
         model = build_model(config.model, device or "cpu", dtype)
         load_weights(model, weights, rules, dtype, device)
-    return model
+    return model, dropped(plan)
+
+
+def dropped(plan: Plan) -> list[str]:
+    """One line for each reason for which tensors of a file were left out."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in plan.dropped.items():
+        reasons.setdefault(why, []).append(name)
+    return [
+        f"{len(names)} tensors left out ({names[0]}{', ...' if len(names) > 1 else ''}): {why}"
+        for why, names in reasons.items()
+    ]
 
 
 def _verified(config: VLMConfig, processor: Processor, folder: Path, ignore: bool) -> VLMConfig:

@@ -13,6 +13,7 @@ from chiasm.errors import CheckpointError
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 PICKLES = ["*.bin", "*.pt"]
+NOT = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in layouts that are not read
 
 
 def local_folder(name: str | Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
@@ -32,7 +33,7 @@ def _snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
 
     patterns = FILES + (PICKLES if allow_pickle else [])
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT))
     except Exception as error:  # the client raises many kinds: no network, no such model, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

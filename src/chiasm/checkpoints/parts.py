@@ -18,7 +18,7 @@ from chiasm.config import PartConfig
 from chiasm.convert import maps
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import open_weights, read_json
-from chiasm.convert.rules import Alias, AnyRule, Drop, Rule, prefixed, rename
+from chiasm.convert.rules import Alias, AnyRule, Drop, Plan, Rule, prefixed, rename
 from chiasm.encoders.vit import ViT
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
@@ -28,8 +28,8 @@ from chiasm.presets.checkpoint import Options
 from chiasm.presets.hf_parts import Part, read_lm, read_tower, same_part
 
 
-def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = False) -> None:
-    """Fill the part of ``model`` called ``part`` from ``path``. Raises CheckpointError or ConfigError."""
+def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = False) -> Plan:
+    """Fill the part of ``model`` called ``part`` from ``path``; gives the plan. Raises CheckpointError or ConfigError."""
     path = Path(path)
     config = part_config_of(model.config, part)
     weights = open_weights(path, allow_pickle)
@@ -37,7 +37,7 @@ def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = F
     bare = path.is_file() and part.startswith("connectors.")  # such a file stands beside any configuration
     values = read_json(table) if table.is_file() and not bare else None
     whole, rules = _rules(part, config, values, table.parent)
-    load_weights(model, weights, rules, part=part + ".", others=whole)
+    return load_weights(model, weights, rules, part=part + ".", others=whole)
 
 
 def part_config_of(config: Any, part: str) -> PartConfig:

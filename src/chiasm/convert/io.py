@@ -153,7 +153,7 @@ def open_weights(path: str | Path, allow_pickle: bool = False) -> Weights:
         if (path / WEIGHTS).is_file():
             raise CheckpointError(f"{path} holds both {WEIGHTS} and {INDEX}; remove the one that is out of date")
         return _open_index(path)
-    found = sorted(path.glob("*.safetensors"))
+    found = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return Safetensors(str(path), found)
     if found:

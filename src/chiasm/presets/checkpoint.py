@@ -7,7 +7,7 @@ the name of the folder or of a file in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +34,6 @@ class Checkpoint:
     weights: Weights
     rules: list[AnyRule]
     tokenizer: Path
-    notes: list[str] = field(default_factory=list)  # for the provenance
 
 
 class Reader:
