@@ -29,7 +29,7 @@ from chiasm.presets.hf_parts import Part, read_lm, read_tower, same_part
 
 
 def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = False) -> Plan:
-    """Fill the part of ``model`` called ``part`` from ``path``; gives the plan. Raises CheckpointError or ConfigError."""
+    """Fill the part of ``model`` called ``part`` from ``path``; gives the plan. Raises CheckpointError, ConfigError."""
     path = Path(path)
     config = part_config_of(model.config, part)
     weights = open_weights(path, allow_pickle)

@@ -1,7 +1,7 @@
 """Export to the LLaVA classes of transformers: configuration, weights under their names on disk, processor files.
 
 Which class a composition has is found by what it is made of. What no class can hold is refused by name: a linear
-projector, several encoders, unpadding that cuts fractions, a template that is not the tokenizer's.
+projector, several encoders, unpadding that cuts fractions, a template that no chat template renders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from chiasm.fusion.splice import Splice, Stream
 from chiasm.presets.hf_llava import IMAGE_PROCESSORS, VIDEO_PROCESSORS, rules
 from chiasm.presets.hf_parts import write_lm, write_tower
 from chiasm.presets.hf_processing import write_image
-from chiasm.processing.jinja import JinjaConfig
+from chiasm.presets.hf_template import chat_template
 
 CLASSES = {
     "llava": ("LlavaForConditionalGeneration", "LlavaProcessor"),
@@ -130,14 +130,9 @@ def _processor_files(
 ) -> None:
     """Tokenizer files as they were read, the chat template, and the processor files in version 4's places."""
     processor = vlm.processor
-    template = processor.config.template
-    if not isinstance(template, JinjaConfig):
-        raise CheckpointError(
-            f"export: template {template.type!r} has no counterpart: transformers reads Jinja chat templates only; "
-            "load the model with template={'type': 'jinja', 'source': ...}, which must render the same prompts"
-        )
+    source = chat_template(processor)
     processor.tokenizer.save(folder)
-    (folder / "chat_template.jinja").write_text(template.source or "", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     write_json(folder / "preprocessor_config.json", image | {"processor_class": CLASSES[kind][1]})
     values: dict[str, Any] = {
         "processor_class": CLASSES[kind][1],
