@@ -31,12 +31,12 @@ def command(kind: str | None) -> None:
 
     console = Console()
     if kind in (None, "presets"):
-        import chiasm
+        from chiasm.presets import presets
 
         table = Table(title="Presets", title_justify="left", box=None, header_style="bold")
         for column in ("name", "system", "paper"):
-            table.add_column(column, overflow="fold")
-        for record in chiasm.presets():
+            table.add_column(column, no_wrap=True)
+        for record in presets():
             table.add_row(record.name, record.family, record.paper)
         console.print(table)
     for plural in KINDS[1:] if kind is None else [k for k in (kind,) if k != "presets"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,15 @@ class Fusion(nn.Module):
 
     Config: type[FusionConfig] = FusionConfig
     config: FusionConfig
+
+    @classmethod
+    def compose(cls, config: Any) -> Fusion:
+        """Build the parts of a configuration, handing widths from part to part, and join them. Raises ConfigError."""
+        raise NotImplementedError
+
+    def check_counts(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare counted with produced tokens for a unit of each kind (meta device). Raises ConfigError."""
+        raise NotImplementedError
 
     def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:
         """Batch ``[B, T]`` → ``Output``: hidden ``[B, T, D]`` and the logits asked for, as ``Output`` says."""

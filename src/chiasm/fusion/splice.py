@@ -21,6 +21,7 @@ from chiasm.config import Config, part
 from chiasm.connectors.base import Connector
 from chiasm.encoders.base import Encoder
 from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.fusion.assembly import assemble, check_stream, check_streams
 from chiasm.fusion.base import Asked, Fusion, FusionConfig
 from chiasm.fusion.pool import Pool
 from chiasm.lm.base import LM
@@ -83,6 +84,17 @@ class Splice(Fusion):
         self.lm = lm
         self.merges = {k: registry.get("merge", s.merge.type)(s.merge) for k, s in config.media.items()}
         self.newline = nn.Parameter(torch.randn(lm.dim) / lm.dim**0.5) if config.needs_newline() else None
+
+    @classmethod
+    def compose(cls, config: Config) -> Splice:
+        """The model of a configuration. Raises ConfigError where parts do not fit each other."""
+        check_streams(config)
+        return cls(config, *assemble(config))
+
+    def check_counts(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare counted with produced tokens of a unit of each kind. Raises ConfigError with both numbers."""
+        for kind, shape in shapes.items():
+            check_stream(self, kind, shape)
 
     def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:
         """``batch [B, T]`` → ``Output``: hidden ``[B, T, D]`` and logits at the positions asked for."""
