@@ -236,6 +236,24 @@ def test_loss_by_source(data, tmp_path):
         assert sum(t for t, _ in loss.parts.values()) == pytest.approx(float(loss.total.detach()), rel=1e-5)
 
 
+def test_log_holds_the_loss_of_each_source(data, tmp_path):
+    """Also where every batch holds one source only."""
+    import json
+
+    vlm = tiny_vlm(tmp_path)
+    both = Mixture({"a": Entry(source=source(data)), "b": Entry(source=source(data), weight=0.5)})
+    stage = Stage(name="s", plan="align", steps=12, batch_size=1, lr=1e-9, log_every=12)
+    StageRun(vlm.model, renderer(vlm), stage, both, tmp_path / "run", None, QUIET).fit()
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    sums = {}
+    for name, number in (("a", 0), ("b", 1)):
+        refs = [ref for ref in both.order(0).tolist() if ref[0] == number]
+        losses = [next_token(vlm.model, renderer(vlm).batch([both[ref]])) for ref in refs]
+        sums[name] = sum(float(x.total.detach()) for x in losses), sum(x.weight for x in losses)
+        assert record[f"loss/source/{name}"] == pytest.approx(sums[name][0] / sums[name][1], rel=1e-4)
+    assert record["loss"] == pytest.approx((sums["a"][0] + sums["b"][0]) / (sums["a"][1] + sums["b"][1]), rel=1e-4)
+
+
 def test_bf16_keeps_float32_masters(data, tmp_path):
     """At this rate most steps are below bfloat16's spacing: without masters the weights would stand still."""
     vlm = tiny_vlm(tmp_path)

@@ -60,6 +60,11 @@ class StageReport:
         """The newest value of a key of the log."""
         return next((r[key] for r in reversed(self.log) if key in r), None)
 
+    def by_source(self) -> list[tuple[str, float]]:
+        """The newest training loss of each data source."""
+        keys = dict.fromkeys(key for record in self.log for key in record if key.startswith("loss/source/"))
+        return [(key.removeprefix("loss/source/"), float(self.last(key) or 0.0)) for key in keys]
+
     def lines(self) -> list[Line]:
         """The curves of the loss."""
         names = (

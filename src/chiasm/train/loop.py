@@ -59,8 +59,9 @@ class Tally:
         self.ids += other.ids
 
     def means(self) -> dict[str, float]:
-        """The mean loss, and that of each part."""
-        parts = {f"loss/{name}": total / weight for name, (total, weight) in self.parts.items() if weight}
+        """The mean loss, and that of each part where there are several."""
+        several = self.parts if len(self.parts) > 1 else {}
+        parts = {f"loss/{name}": total / weight for name, (total, weight) in several.items() if weight}
         return {"loss": self.total / max(1.0, self.weight)} | parts
 
 

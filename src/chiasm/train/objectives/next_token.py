@@ -23,10 +23,8 @@ def next_token(model: Fusion, batch: Batch) -> Loss:
 
 
 def by_source(batch: Batch, output: Output, losses: Tensor) -> dict[str, tuple[float, float]]:
-    """Loss sums and token counts of each data source in the batch; nothing where there is only one source."""
+    """Loss sums and token counts of each data source in the batch."""
     names = sorted(set(batch.sources))
-    if len(names) < 2:
-        return {}
     number = torch.tensor([names.index(s) for s in batch.sources], device=losses.device)[owners(batch, output)]  # [n]
     sums = torch.zeros(len(names), device=losses.device).index_add(0, number, losses)
     counts = torch.bincount(number, minlength=len(names))
