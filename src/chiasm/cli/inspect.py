@@ -50,9 +50,16 @@ def command(
             raise click.UsageError(f"{len(pictures)} pictures and no question; add the question in quotes")
         found = walk(vlm, [user_message(pictures, question)], name=question)
     else:
-        from chiasm.train import example_of, load_recipe
+        from chiasm.data.mixture import Mixture
+        from chiasm.errors import DataError
+        from chiasm.train import load_recipe
 
-        example = example_of(load_recipe(recipe), index, held_out=held_out)
+        run = load_recipe(recipe)
+        mixture = Mixture(run.held_out if held_out else run.data, run.seed)
+        refs = mixture.first()
+        if not 0 <= index < len(refs):
+            raise DataError(f"--index {index}: the recipe's data holds examples 0 to {len(refs) - 1}")
+        example = mixture[refs[index]]
         found = walk(vlm, example.messages, train=True, name=example.id)
     show(found)
     click.echo(f"\nwrote {write_page(found, html)}")

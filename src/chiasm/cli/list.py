@@ -34,8 +34,9 @@ def command(kind: str | None) -> None:
         from chiasm.presets import presets
 
         table = Table(title="Presets", title_justify="left", box=None, header_style="bold")
-        for column in ("name", "system", "paper"):
-            table.add_column(column, no_wrap=True)
+        table.add_column("name", no_wrap=True, min_width=28)
+        table.add_column("system", no_wrap=True, min_width=22)
+        table.add_column("paper", overflow="ellipsis", no_wrap=True)
         for record in presets():
             table.add_row(record.name, record.family, record.paper)
         console.print(table)
