@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -326,6 +327,30 @@ def test_a_save_that_fails_changes_nothing(copy: Path):
         (aside / "config.json").write_text("{}")
         raise RuntimeError("the disk is full")
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+
+
+def test_a_save_cut_off_between_files_is_no_checkpoint(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Never new weights under an old configuration: without config.json the folder is refused."""
+    vlm = chiasm.load(copy)
+    moved: list[Any] = []
+    replace = os.replace
+
+    def cut(source: Any, target: Any) -> None:
+        if Path(target).parent == copy and len(moved) == 2:
+            raise KeyboardInterrupt
+        if Path(target).parent == copy:
+            moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        vlm.save(copy)
+    monkeypatch.undo()
+    assert len(moved) == 2 and not [p for p in copy.iterdir() if p.is_dir()]
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+        chiasm.load(copy)
+    vlm.save(copy)  # the model in memory is whole, though it was read from there
+    assert torch.equal(chiasm.load(copy).state_dict()["lm.norm.weight"], vlm.state_dict()["lm.norm.weight"])
 
 
 def test_what_cannot_be_saved(saved: Path, tmp_path: Path):

@@ -46,7 +46,7 @@ def save(config: VLMConfig, model: Fusion, processor: Processor | None, folder: 
         write_weights(aside, state, max_shard)
         if processor is not None:
             processor.tokenizer.save(aside)  # type: ignore[attr-defined]
-            write_json(aside / FINGERPRINT, fingerprint(processor))
+            write_json(aside / FINGERPRINT, fingerprint(processor), indent=None)
         saved = config.model_copy(update={"weights": {}, "tokenizer": None})
         write_json(aside / "config.json", saved.dump())
     return folder

@@ -283,10 +283,10 @@ def replaced_folder(folder: str | Path, owned: Sequence[str] = ()) -> Iterator[P
         aside.rmdir()
 
 
-def write_json(path: Path, values: Any) -> None:
-    """JSON with a trailing newline, written aside and moved into place."""
+def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
+    """JSON with a trailing newline, written aside and moved into place; ``indent`` None: all in one line."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 

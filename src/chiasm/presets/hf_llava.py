@@ -17,7 +17,7 @@ from chiasm.encoders.vit import ViT
 from chiasm.errors import CheckpointError
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import Provenance, VLMConfig
-from chiasm.presets.checkpoint import Checkpoint, Options, Reader
+from chiasm.presets.checkpoint import Checkpoint, Options, Reader, check_vocab
 from chiasm.presets.hf_parts import read_lm, read_tower
 from chiasm.presets.hf_processing import (
     NEXT_PINPOINTS,
@@ -170,12 +170,7 @@ def rules(tower: list[AnyRule], lm: list[AnyRule], newline: bool) -> list[AnyRul
 
 def check_sizes(config: VLMConfig, tokenizer: Tokenizer, where: str) -> None:
     """Raises CheckpointError where tokenizer and model, or pictures and tower, have other sizes."""
-    vocab = getattr(config.model.lm, "vocab", None)
-    if vocab is not None and len(tokenizer) > vocab:
-        raise CheckpointError(
-            f"{where}: the tokenizer has ids up to {len(tokenizer) - 1} but the model {vocab} rows; they belong to "
-            "different checkpoints"
-        )
+    check_vocab(config, tokenizer, where)
     tower = config.model.encoders["image"]
     front = config.processing.media["image"]
     if isinstance(tower, ViT.Config) and front.size != tower.image_size:

@@ -24,7 +24,7 @@ from chiasm.encoders.vit import ViT, clip_vit_l14, clip_vit_l14_336, siglip_so40
 from chiasm.errors import CheckpointError, nearest
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import Provenance, VLMConfig
-from chiasm.presets.checkpoint import Checkpoint, Options, Reader
+from chiasm.presets.checkpoint import Checkpoint, Options, Reader, check_vocab
 from chiasm.presets.hf_parts import read_lm, read_tower, tower_rules
 from chiasm.processing.image import CLIP_MEAN, CLIP_STD
 from chiasm.processing.tiling import pinpoints
@@ -94,6 +94,7 @@ class OriginalLlava(Reader):
             },
             where=where,
         )
+        check_vocab(config, tokenizer, where)
         weights = open_weights(folder, options.allow_pickle)
         weights = _with_tower(weights, str(values["mm_vision_tower"]), options, where)
         projector = (
