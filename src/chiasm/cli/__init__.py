@@ -11,6 +11,7 @@ from chiasm import __version__
 VERBS = {
     "demo": "Train a small model on pictures, evaluate it, and write a report (the main job).",
     "train": "Train a model by a recipe.",
+    "check": "Look at every sample of a data set before training, on the CPU.",
     "eval": "Score a model on held-out examples, with true and with shuffled pictures.",
     "chat": "Talk to a model about pictures.",
     "generate": "Answer one prompt, or every line of a JSONL file.",

@@ -21,7 +21,7 @@ from chiasm.errors import ChiasmError, DataError
 from chiasm.processing.base import Place
 from chiasm.processing.open import PILLOW_LIMIT, open_file, open_picture, picture_size, reason
 from chiasm.processing.sketch import sketching
-from chiasm.types import Image, Media
+from chiasm.types import Image, Media, Text
 
 ROW = np.dtype(
     [
@@ -99,8 +99,11 @@ class Examiner:
         row["content"] = _content(example, pictures[first:])
         row["turns"] = len(example.messages)
         row["pictures"] = sum(isinstance(m, Image) for m in media)
-        if name in self._full and not any(f.fault for f in findings):
-            findings += [Finding(name, index, example.id, *said) for said in self._length(name, example, row)]
+        if not any(f.fault for f in findings):
+            said = self._length(name, example, row) if name in self._full else _answers(example)
+            findings += [Finding(name, index, example.id, *one) for one in said]
+        if any(f.fault for f in findings):
+            row["tokens"] = row["media"] = row["targets"] = -1  # the numbers are those of the samples that can be used
         return findings
 
     def _media(
@@ -172,6 +175,17 @@ class Examiner:
                 )
         except Exception as error:
             yield _said(error)
+
+
+def _answers(example: Example) -> Iterator[tuple[str, str]]:
+    """What is wrong with the answers, where there is no model to render them with."""
+    learned = [m for m in example.messages if m.role == "assistant" and m.train is not False]
+    for message in learned:
+        if not message.media and not any(not isinstance(p, Text) or p.text.strip() for p in message.parts):
+            yield "empty_answer", f"sample {example.id!r}: an answer is empty; give it a text, or leave it out"
+            return
+    if not learned and not example.answers:
+        yield "no_target", f"sample {example.id!r}: has no assistant turn that is trained, and no answers; add one"
 
 
 def _said(error: Exception) -> tuple[str, str]:
