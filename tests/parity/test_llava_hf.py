@@ -292,41 +292,6 @@ def test_language_models_inside_llava(name: str, tmp_path: Path):
         torch.testing.assert_close(again(**theirs).logits[real], expected, atol=1e-5, rtol=0)
 
 
-def test_omitted_defaults_are_those_of_transformers():
-    """A configuration as old files have it, with almost everything left out, against the configuration classes."""
-    from chiasm.presets import hf_llava, hf_parts
-
-    for kind, values in hf_parts.DEFAULTS.items():
-        if kind == "internlm2":
-            continue
-        reference = transformers.AutoConfig.for_model(kind)
-        for key, value in values.items():
-            if value is not None or key == "sliding_window":
-                assert getattr(reference, key) == value, (kind, key)
-    for kind, values in hf_llava.DEFAULTS.items():
-        reference = transformers.AutoConfig.for_model(kind)
-        assert {key: getattr(reference, key) for key in values} == values
-        part = hf_parts.read_lm({"model_type": reference.text_config.model_type}).config
-        assert (part.dim, part.mlp, part.depth) == tuple(
-            getattr(reference.text_config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
-        )
-        tower = hf_llava.HFLlava()._tower(kind, hf_llava.DEFAULTS[kind], "x").config
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
-        assert (tower.dim, tower.mlp, tower.depth, tower.image_size, tower.patch) == tuple(
-            getattr(reference.vision_config, key) for key in names
-        )
-
-
-def test_omitted_keys_of_image_processors():
-    from chiasm.presets.hf_processing import DEFAULTS
-
-    for name, values in DEFAULTS.items():
-        cls = getattr(transformers, name + "Pil", None)
-        if cls is not None:
-            reference = json.loads(cls().to_json_string())
-            assert {key: reference.get(key, False) for key in values} == values, name
-
-
 def test_padding_of_llava_pictures(tmp_path: Path):
     """LlavaImageProcessor with do_pad: LLaVA-1.5's own square."""
     tokenizer = small_tokenizer()

@@ -18,7 +18,7 @@ from chiasm.errors import CheckpointError
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import Provenance, VLMConfig
 from chiasm.presets.checkpoint import Checkpoint, Options, Reader, check_vocab
-from chiasm.presets.hf_parts import read_lm, read_tower
+from chiasm.presets.hf_parts import Part, read_lm, read_tower
 from chiasm.presets.hf_processing import (
     NEXT_PINPOINTS,
     ONEVISION_PINPOINTS,
@@ -99,20 +99,9 @@ class HFLlava(Reader):
 
     def read(self, folder: Path, values: Mapping[str, Any], options: Options) -> Checkpoint:
         """See the contract."""
-        kind = values["model_type"]
-        c = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
-        where = str(folder)
-        if not c["multimodal_projector_bias"]:
-            raise CheckpointError(f"{where}: a projector without bias is not supported")
-        tower, lm = self._tower(kind, c, where), self._lm(kind, c)
+        where, kind, c = str(folder), values["model_type"], completed(values)
+        model, tower, lm = network(c, where)
         tokenizer = Tokenizer.from_folder(folder)
-        model = {
-            "type": "splice",
-            "encoders": {"image": tower.config},
-            "connectors": {"image": {"type": "mlp", "depth": 2, "activation": _activation(c["projector_hidden_act"])}},
-            "lm": lm.config,
-            "media": _media(kind, c, where),
-        }
         processing = _processing(kind, c, folder, tokenizer, options)
         config = VLMConfig.parse(
             {"model": model, "processing": processing, "provenance": Provenance(base={"all": where})}, where=where
@@ -127,30 +116,53 @@ class HFLlava(Reader):
 
         write(folder, vlm, max_shard)
 
-    def _tower(self, kind: str, c: Mapping[str, Any], where: str) -> Any:
-        one, two = (_SO400M, "siglip_vision_model") if kind == "llava_onevision" else (_CLIP_336, "clip_vision_model")
-        values = c.get("vision_config")
-        values = dict(one) if values is None else {"model_type": two, **values}
-        layer, strategy = c["vision_feature_layer"], c["vision_feature_select_strategy"]
-        if isinstance(layer, list):
-            if len(layer) != 1:
-                raise CheckpointError(
-                    f"{where}: vision_feature_layer {layer} joins several layers, which is not supported"
-                )
-            layer = layer[0]
-        first = values["model_type"] in ("clip_vision_model", "vit", "clip")
-        if strategy == "default" and values["model_type"] in ("siglip_vision_model", "siglip"):
-            raise CheckpointError(
-                f"{where}: vision_feature_select_strategy 'default' drops the first vector, but this tower has no "
-                "class vector: it would drop a patch; set it to 'full'"
-            )
-        return read_tower(values, layer, "cls_patch" if strategy == "full" and first else "patch")
 
-    def _lm(self, kind: str, c: Mapping[str, Any]) -> Any:
-        values = c.get("text_config") or {}
-        values = {"model_type": "qwen2" if kind == "llava_onevision" else "llama", **values}
-        tied = bool(c["tie_word_embeddings"]) or (kind != "llava_next" and bool(values.get("tie_word_embeddings")))
-        return read_lm(values, tied)
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the defaults of its class, which files leave out."""
+    return DEFAULTS[values["model_type"]] | {key: value for key, value in values.items() if value is not None}
+
+
+def network(c: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Part, Part]:
+    """The fusion configuration of a completed configuration, and the tower and language model in it."""
+    if not c["multimodal_projector_bias"]:
+        raise CheckpointError(f"{where}: a projector without bias is not supported")
+    kind = c["model_type"]
+    tower, lm = read_vision(kind, c, where), read_text(kind, c)
+    model = {
+        "type": "splice",
+        "encoders": {"image": tower.config},
+        "connectors": {"image": {"type": "mlp", "depth": 2, "activation": _activation(c["projector_hidden_act"])}},
+        "lm": lm.config,
+        "media": _media(kind, c, where),
+    }
+    return model, tower, lm
+
+
+def read_vision(kind: str, c: Mapping[str, Any], where: str) -> Part:
+    """The tower of a completed configuration, read at its layer."""
+    one, two = (_SO400M, "siglip_vision_model") if kind == "llava_onevision" else (_CLIP_336, "clip_vision_model")
+    values = c.get("vision_config")
+    values = dict(one) if values is None else {"model_type": two, **values}
+    layer, strategy = c["vision_feature_layer"], c["vision_feature_select_strategy"]
+    if isinstance(layer, list):
+        if len(layer) != 1:
+            raise CheckpointError(f"{where}: vision_feature_layer {layer} joins several layers, which is not supported")
+        layer = layer[0]
+    first = values["model_type"] in ("clip_vision_model", "vit", "clip")
+    if strategy == "default" and values["model_type"] in ("siglip_vision_model", "siglip"):
+        raise CheckpointError(
+            f"{where}: vision_feature_select_strategy 'default' drops the first vector, but this tower has no "
+            "class vector: it would drop a patch; set it to 'full'"
+        )
+    return read_tower(values, layer, "cls_patch" if strategy == "full" and first else "patch")
+
+
+def read_text(kind: str, c: Mapping[str, Any]) -> Part:
+    """The language model of a completed configuration."""
+    values = c.get("text_config") or {}
+    values = {"model_type": "qwen2" if kind == "llava_onevision" else "llama", **values}
+    tied = bool(c["tie_word_embeddings"]) or (kind != "llava_next" and bool(values.get("tie_word_embeddings")))
+    return read_lm(values, tied)
 
 
 def rules(tower: list[AnyRule], lm: list[AnyRule], newline: bool) -> list[AnyRule]:
