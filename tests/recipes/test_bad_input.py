@@ -133,6 +133,7 @@ def test_unknown_role(folder):
         ("stages.0.plan", {"*": "train", "encoder": "freeze"}, "'encoder' matches 0 of"),
         ("stages.0.plan", {"*": "frozen"}, "unknown action 'frozen' in a plan; did you mean 'freeze'"),
         ("stages.0.plan", {"lm": "train"}, "says nothing about"),
+        ("stages.0.plan", {"*": "0"}, "learning rate is 0.0; it must be above 0"),
         ("stages.0.plan", {"*": "freeze"}, "freezes all"),
         ("stages.0.objective", "next_tokens", "unknown objective 'next_tokens'; did you mean 'next_token'"),
         ("stages.0.epochs", 1, "steps is 2 and epochs is 1"),

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from chiasm.config import Config, load_yaml, override
 from chiasm.data.mixture import Entry, HeldOut
 from chiasm.data.quarantine import BadPolicy, BadSamples, Quarantine
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, nearest
 from chiasm.train.plan import PLANS, Action, check_action
 
 
@@ -56,18 +56,20 @@ class Stage(Config):
     log_every: int = Field(default=10, gt=0)
     eval_every: int | None = Field(default=None, gt=0)  # steps between held-out losses
     save_every: int | None = Field(default=None, gt=0)  # steps between checkpoints
-    keep_last: int = Field(default=2, gt=0)
+    keep_last: int = Field(default=2, gt=0)  # checkpoints, and beside them the one with the lowest held-out loss
+    proof: Literal["stop", "tell"] = "stop"  # what a failed proof does: end the run, or say so and go on
     check_samples: int = Field(default=1000, ge=0)  # samples opened and rendered before the first step
 
     @field_validator("plan")
     @classmethod
     def _plan(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value not in PLANS:
-                raise ValueError(f"unknown plan {value!r}; known: {', '.join(PLANS)}")
-        else:
-            for action in value.values():
+        if not isinstance(value, str):
+            table = {pattern: _number(action) for pattern, action in value.items()}
+            for action in table.values():
                 check_action(action)
+            return table
+        if value not in PLANS:
+            raise ValueError(f"unknown plan {value!r}; {nearest(value, PLANS)}")
         return value
 
     def table(self) -> dict[str, Action]:
@@ -135,6 +137,14 @@ class Recipe(Config):
         if len(set(names)) != len(names):
             raise ValueError(f"the stages need different names, got {', '.join(names)}")
         return stages
+
+
+def _number(action: Any) -> Any:
+    """A learning rate that YAML read as text (``1e-3``) as a number."""
+    try:
+        return float(action) if isinstance(action, str) else action
+    except ValueError:
+        return action
 
 
 def _is_entry(value: Any) -> bool:
