@@ -11,15 +11,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Attend:
-    """What attention is given: a mask ``[B, 1, T, L]`` (True: attend), or plain causality, or nothing."""
+    """What attention is given: a mask ``[B, 1, T, L]`` (True: attend), or plain causality, or nothing.
+
+    ``runs`` are the lengths of the pieces that each of ``B`` equally cut rows falls into: attention then runs inside
+    the pieces only, without a mask and without the arithmetic between them.
+    """
 
     mask: Tensor | None = None
     causal: bool = False
+    runs: tuple[tuple[int, ...], ...] = ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, L, Dh]`` → ``[B, H, T, Dh]``."""
+        if self.runs:
+            return self._in_runs(q, k, v)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped)
+
+    def _in_runs(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of each piece of each row alone. Cut by ``split``, whose gradient is one concatenation."""
+        inside = Attend(causal=True)
+        rows = []
+        for number, lengths in enumerate(self.runs):
+            cut = (x[number : number + 1].split(lengths, dim=2) for x in (q, k, v))  # each [1, H, t, Dh]
+            rows.append(torch.cat([inside(*piece) for piece in zip(*cut, strict=True)], dim=2))
+        return torch.cat(rows)  # [B, H, T, Dh]
 
 
 def causal(
@@ -43,6 +59,8 @@ def causal(
         if segments.shape[1] == key_segments.shape[1]:
             if is_plain(segments):
                 return Attend(causal=True)
+            if key_segments is segments and (lengths := runs(segments)):
+                return Attend(runs=lengths)
         elif segments.shape[1] == 1 and bool((key_segments == segments).all()):
             return Attend()
     return Attend(mask=causal_mask(segments, positions, key_segments, key_positions, window))
@@ -61,6 +79,21 @@ def causal_mask(
         mask &= key_positions.unsqueeze(1) > positions.unsqueeze(2) - window
     mask |= columns == queries
     return mask.unsqueeze(1)  # [B, 1, T, L]
+
+
+def runs(segments: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The lengths of the runs of equal segments in each row of ``[B, T]``; nothing where a segment is torn apart.
+
+    Padding is a run like any other: what it attends to nobody reads.
+    """
+    found = []
+    for row in segments:
+        names, lengths = row.unique_consecutive(return_counts=True)
+        names = names[names != 0]
+        if len(names.unique()) != len(names):
+            return ()
+        found.append(tuple(lengths.tolist()))
+    return tuple(found)
 
 
 def is_plain(segments: Tensor) -> bool:
