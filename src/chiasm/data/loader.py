@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from chiasm.data.base import Example, id_of, with_answer
 from chiasm.data.mixture import Mixture, Ref, permutation
 from chiasm.data.quarantine import Quarantined, Skips
+from chiasm.data.randomness import placed
 from chiasm.errors import ChiasmError, DataError
 from chiasm.types import Batch, Sample
 
@@ -132,6 +133,10 @@ class _Made(Dataset):
     def __getitem__(self, spec: Spec) -> tuple[Spec, Batch | ChiasmError | None, list[Bad]]:
         samples: list[Sample] = []
         bad: list[Bad] = []
+        with placed(self.mixture.seed, "sample", spec.step, spec.part):  # the same from any start, by any worker
+            return self._make(spec, samples, bad)
+
+    def _make(self, spec: Spec, samples: list[Sample], bad: list[Bad]) -> tuple[Spec, Batch | ChiasmError | None, list]:
         try:
             for ref in spec.refs:
                 example = None

@@ -1,9 +1,9 @@
 """Checkpoints of a running stage: written to the side and renamed, so that a killed save leaves nothing half done.
 
 A folder ``step-000200`` holds ``weights.safetensors`` (the float32 masters of what is trained),
-``optimizer.safetensors`` (their moments, and the random state) and ``state.json`` (the step, which is also the place in
-the data, and what a run must agree with to go on from here). What is frozen is not written, only a mark of it that
-tells another model.
+``optimizer.safetensors`` (their moments, and the states of all random generators) and ``state.json`` (the step, which
+is also the place in the data, and what a run must agree with to go on from here). What is frozen is not written, only a
+mark of it that tells another model.
 """
 
 from __future__ import annotations
@@ -19,39 +19,67 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from chiasm.data import randomness
 from chiasm.errors import CheckpointError
 from chiasm.train.optim import Masters
 
 
 def save(folder: Path, step: int, masters: Masters, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int):
-    """Write ``folder/step-…`` and remove all but the newest ``keep``."""
+    """Write ``folder/step-…``, then remove all but the newest ``keep`` and the best.
+
+    The best has the lowest ``state["held_out"]``, the held-out loss at its step, among those that have one.
+    """
     final = folder / f"step-{step:06d}"
     aside = folder / f".{final.name}.{os.getpid()}"
-    for left in folder.glob(".step-*"):  # of a save that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     weights = {name: p.detach().cpu().contiguous() for name, p in masters.masters.items()}
     save_file(weights, aside / "weights.safetensors")
-    moments: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
+    moments: dict[str, Tensor] = randomness.state() | randomness.accelerator_states()
     for name, p in masters.masters.items():
         for key, value in optimizer.state.get(p, {}).items():
             moments[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    if torch.cuda.is_available():
-        moments["rng/cuda"] = torch.cuda.get_rng_state()
     save_file(moments, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     for file in aside.iterdir():
         _flush(file)
-    shutil.rmtree(final, ignore_errors=True)
+    _flush(aside)
+    remove(final)
     os.replace(aside, final)
     _flush(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    found = checkpoints(folder)
+    chosen = best(folder)
+    for old in found[:-keep]:
+        if old != chosen:
+            remove(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a stage, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss; None where no checkpoint has one."""
+    scores = {p: json.loads((p / "state.json").read_text()).get("held_out") for p in checkpoints(folder)}
+    known = {p: score for p, score in scores.items() if score is not None}
+    return min(known, key=lambda p: (known[p], p.name)) if known else None
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: out of sight in one step, so that a kill on the way leaves no half of one."""
+    if path.exists():
+        gone = path.with_name(f".{path.name}.old.{os.getpid()}")
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+
+
+def clean(folder: Path) -> list[str]:
+    """Remove what a killed save left behind; returns the names."""
+    left = [p for p in folder.glob(".step-*") if p.is_dir()]
+    for path in left:
+        shutil.rmtree(path)
+    return sorted(p.name for p in left)
 
 
 def restore(path: Path, masters: Masters, optimizer: torch.optim.Optimizer, expected: dict[str, Any]) -> int:
@@ -78,9 +106,7 @@ def restore(path: Path, masters: Masters, optimizer: torch.optim.Optimizer, expe
         if kept:
             stays = set() if optimizer.defaults.get("fused") else {"step"}  # unfused: counted on the CPU
             optimizer.state[p] = {k: v if k in stays else v.to(p.device) for k, v in kept.items()}
-    torch.set_rng_state(moments["rng/cpu"])
-    if torch.cuda.is_available() and "rng/cuda" in moments:
-        torch.cuda.set_rng_state(moments["rng/cuda"])
+    randomness.restore(moments)
     return int(state["step"])
 
 

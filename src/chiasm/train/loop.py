@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from chiasm.data.features import FeatureCache
 from chiasm.data.loader import BatchPlan, Renderer, Spec, load
 from chiasm.data.mixture import Mixture
 from chiasm.data.quarantine import BadSamples, Skips
+from chiasm.data.randomness import forked
 from chiasm.errors import CheckpointError, ChiasmError, DataError
 from chiasm.train import checkpoint, optim
 from chiasm.train.log import Bars, JsonLog, print_plan
 from chiasm.train.objectives.base import Objective
-from chiasm.train.plan import Plan, apply, resolve, set_modes
+from chiasm.train.plan import Plan, apply, prepare, resolve, set_modes
 from chiasm.train.recipe import Stage
+from chiasm.train.watch import Watch
 from chiasm.types import Batch
 
 
@@ -83,10 +85,11 @@ class StageRun:
         console: Console | None = None,
         seed: int = 0,
         bad: BadSamples | None = None,
+        random: Collection[str] = (),
     ):
         self.model, self.renderer, self.stage, self.out, self.probe = model, renderer, stage, out, probe
         self.console = console or Console()
-        self.seed, self.bad = seed, bad or BadSamples()
+        self.seed, self.bad, self.random = seed, bad or BadSamples(), random
         self.objective: Objective = registry.get("objective", stage.objective)
         self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
         self.steps = stage.total_steps(self.batches.steps_per_epoch)
@@ -95,6 +98,7 @@ class StageRun:
 
     def fit(self, resume: bool = False) -> None:
         """Run the stage from its first step, or from its newest checkpoint."""
+        prepare(self.model, self.stage.table(), self.seed)
         apply(self.model, self.plan)
         mark = checkpoint.digest(self.model, self.plan.rates)
         self.masters = optim.Masters(self.model, self.plan, self.low)
@@ -104,8 +108,8 @@ class StageRun:
         folder = self.stage.feature_cache
         self.features = FeatureCache(folder, self.model) if folder else None
         try:
-            with torch.random.fork_rng():  # dropout may draw from the global generator; the caller's is left as it was
-                torch.manual_seed(self.seed)
+            with forked(self.seed):  # dropout may draw from the global generators; the caller's are left as they were
+                self.watch = Watch(self, resume, self.random)
                 start = self._restore() if resume else self._fresh()
                 self.log = JsonLog(self.out / "log.jsonl", resume_at=start if resume else None)
                 self._run(start)
@@ -137,18 +141,20 @@ class StageRun:
                     since, clock = Tally(), now
                 clock += self._pause(done)
         self.log.close()
+        self.watch.finish(self.steps)
         if self.features:
             self.console.print(f"Stage {self.stage.name}: {self.features.told()}", highlight=False)
 
     def backward(self, batch: Batch, spec: Spec) -> Tally:
         """Gradients of one micro-batch's loss sum, added to those that are there. Raises NotFinite."""
+        self.watch.batch(batch, spec)
         batch = batch.to(self.model.device, dtype=self.model.dtype)
         if self.features:
             batch = self.features.fill(batch)
         loss = self.objective(self.model, batch)
         total = float(loss.total.detach())
         if not math.isfinite(total):
-            raise NotFinite(self._not_finite(spec.step, f"the loss is {total}", batch.ids))
+            raise NotFinite(self._not_finite(spec.step, f"the loss is {total}", batch.ids, batch))
         if loss.total.requires_grad:
             loss.total.backward()
             self.masters.collect()
@@ -163,9 +169,11 @@ class StageRun:
             raise NotFinite(self._not_finite(step, f"the gradient norm is {norm}", tally.ids))
         share = optim.factor(step, self.steps, self.stage.warmup_ratio, self.stage.schedule)
         optim.set_rates(self.optimizer, share)
+        self.watch.gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
+        self.watch.stepped(step + 1, share)
         return norm, share
 
     def _record(self, done: int, spec: Spec, tally: Tally, norm: float, share: float, seconds: float) -> dict[str, Any]:
@@ -181,17 +189,20 @@ class StageRun:
         """Held-out loss and checkpoint where they are due; returns the seconds they took."""
         begun = time.perf_counter()
         every = self.stage.eval_every
-        if self.probe and every and (done % every == 0 or done == self.steps):
+        record: dict[str, Any] = {}
+        if self.probe and (done == self.steps or (every and done % every == 0)):
             self.model.eval()
-            self.log.write({"step": done, **self.probe()})
+            with forked(self.seed, "probe"):
+                record = self.probe()
+            self.log.write({"step": done, **record})
             set_modes(self.model)
         if self.stage.save_every and done % self.stage.save_every == 0 and done < self.steps:
-            checkpoint.save(
-                self.out / "checkpoints", done, self.masters, self.optimizer, self.agree, self.stage.keep_last
-            )
+            state = self.agree | {"held_out": record.get("held_out/loss")}
+            checkpoint.save(self.out / "checkpoints", done, self.masters, self.optimizer, state, self.stage.keep_last)
         return time.perf_counter() - begun
 
     def _fresh(self) -> int:
+        checkpoint.clean(self.out / "checkpoints")
         if checkpoint.checkpoints(self.out / "checkpoints"):
             raise CheckpointError(
                 f"{self.out}: holds checkpoints of an earlier run; resume it, or give another 'out' folder"
@@ -199,19 +210,21 @@ class StageRun:
         return 0
 
     def _restore(self) -> int:
+        checkpoint.clean(self.out / "checkpoints")
         found = checkpoint.checkpoints(self.out / "checkpoints")
         return checkpoint.restore(found[-1], self.masters, self.optimizer, self.agree) if found else 0
 
-    def _not_finite(self, step: int, what: str, ids: list[str]) -> str:
+    def _not_finite(self, step: int, what: str, ids: list[str], batch: Batch | None = None) -> str:
+        why = self.watch.why(step, batch)
         return (
-            f"stage {self.stage.name!r}, step {step + 1}: {what}; samples: {_some(ids)}. "
+            f"stage {self.stage.name!r}, step {step + 1}: {what}; samples: {_some(ids)}; {why}. "
             "Look at these samples, lower the learning rate, or use float32"
         )
 
 
 def _identity(stage: Stage) -> str:
     """What two runs must share so that one may go on with the other's checkpoint."""
-    free = {"workers", "feature_cache", "log_every", "eval_every", "save_every", "keep_last", "check_samples"}
+    free = {"workers", "feature_cache", "log_every", "eval_every", "save_every", "keep_last", "check_samples", "proof"}
     return stage.model_copy(update={name: Stage.model_fields[name].default for name in free}).hash()
 
 

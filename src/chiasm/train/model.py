@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from chiasm.errors import ConfigError
 from chiasm.model_config import VLMConfig
+from chiasm.train.plan import Plan, part_of
 from chiasm.train.recipe import ModelSpec
 
 
@@ -49,6 +51,20 @@ def built_config(spec: ModelSpec) -> VLMConfig:
         changes["tokenizer"] = spec.tokenizer
     config = config.edit(**changes)
     return config.model_copy(update={"weights": config.weights | spec.weights})
+
+
+def random_parts(spec: ModelSpec, model: nn.Module) -> set[str]:
+    """The parts that ``open_model`` drew at random: those that neither a folder nor a row of ``weights`` gave."""
+    if spec.folder is not None:
+        return set()
+    given = built_config(spec).weights
+    parts = {part_of(name) for name, _ in model.named_parameters()}
+    return {p for p in parts if not any(p == g or p.startswith(g + ".") for g in given)}
+
+
+def trained_parts(plan: Plan) -> set[str]:
+    """The parts of which a plan trains something."""
+    return {row.part for row in plan.rows if row.trainable}
 
 
 def best_device(name: str) -> str:

@@ -1,7 +1,4 @@
-"""The held-out loss during training, with the true pictures and with those of other examples.
-
-Where the two are equal the model does not look at its pictures, however well the loss falls.
-"""
+"""What is measured on held-out examples during training: their loss, and whether the model looks at its pictures."""
 
 from __future__ import annotations
 
@@ -12,26 +9,49 @@ import torch
 
 from chiasm.data.base import Example, with_answer
 from chiasm.data.loader import Renderer
-from chiasm.data.shuffle import shuffled
+from chiasm.errors import DataError
+from chiasm.train.meter import Meter, Reading
 from chiasm.train.objectives.base import Objective
 
 
 class Probe:
-    """Called at ``eval_every``: ``{"held_out/loss": …, "held_out/loss_shuffled": …}``."""
+    """Called at evaluations and at the end of a stage, with the model in eval mode; gives numbers for the log.
 
-    def __init__(self, model: Any, renderer: Renderer, objective: Objective, examples: Sequence[Example], batch: int):
-        self.model, self.objective, self.batch = model, objective, batch
+    ``held_out/loss`` over all examples, and of those with media ``held_out/loss_shuffled`` and the meter's reading,
+    ``image_use/…``. With ``seen`` the examples are training data, for want of others: the meter alone is read then.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        objective: Objective,
+        examples: Sequence[Example],
+        batch: int,
+        seen: bool = False,
+    ):
+        self.model, self.objective, self.batch, self.seen = model, objective, batch, seen
         self.renderer = Renderer(renderer.processor, renderer.max_length)
-        self.true = [with_answer(example) for example in examples]
-        self.mixed = shuffled(self.true)
+        examples = [e for e in examples if _usable(self.renderer, e)] if seen else examples
+        self.examples = [with_answer(example) for example in examples]
+        self.meter = Meter(model, renderer, examples, batch)
+        self.reading: Reading | None = None
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> dict[str, Any]:
         """The losses per target token. The model is in eval mode."""
-        found = {"held_out/loss": self._loss(self.true)}
-        if self.mixed:
-            found["held_out/loss_shuffled"] = self._loss(self.mixed)
+        found: dict[str, Any] = {} if self.seen else {"held_out/loss": self._loss(self.examples)}
+        self.reading = self.meter()
+        if self.reading is not None:
+            found |= {} if self.seen else {"held_out/loss_shuffled": self.reading.shuffled}
+            found |= self.reading.record()
         return found
+
+    def told(self) -> str:
+        """The last reading in a sentence; empty where there is none."""
+        if self.reading is None:
+            return ""
+        return self.reading.told() + (" of the training data" if self.seen else "")
 
     def _loss(self, examples: list[Example]) -> float:
         total = weight = 0.0
@@ -40,3 +60,11 @@ class Probe:
             loss = self.objective(self.model, batch.to(self.model.device, dtype=self.model.dtype))
             total, weight = total + float(loss.total), weight + loss.weight
         return total / max(1.0, weight)
+
+
+def _usable(renderer: Renderer, example: Example) -> bool:
+    try:
+        renderer.sample(example)
+    except DataError:
+        return False
+    return True

@@ -11,13 +11,15 @@ import yaml
 from rich.console import Console
 
 from chiasm import registry
+from chiasm.convert.io import write_json
 from chiasm.data.check import Checked, check
 from chiasm.data.loader import BatchPlan, Renderer
 from chiasm.data.mixture import Mixture
+from chiasm.errors import DataError
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
 from chiasm.train.loop import StageRun
-from chiasm.train.model import best_device, open_model
+from chiasm.train.model import best_device, open_model, random_parts, trained_parts
 from chiasm.train.plan import resolve
 from chiasm.train.probe import Probe
 from chiasm.train.recipe import Recipe, Stage
@@ -53,6 +55,7 @@ class Run:
         for entry in recipe.held_out.values():
             registry.get("metric", entry.metric)
         self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, best_device(recipe.device))
+        self.random = random_parts(recipe.model, self.vlm.model) if vlm is None else set()
 
     def prepare(self) -> None:
         """Every stage's plan and steps, and the samples of every stage's sources, looked at before the first step."""
@@ -79,6 +82,7 @@ class Run:
             from chiasm.vlm import load
 
             self.vlm = load(json.loads(done.read_text())["model"], device=best_device(self.recipe.device))
+            self.random -= trained_parts(resolve(self.vlm.model, stage.table(), stage.lr))
             self.console.print(f"Stage {stage.name} was finished before; its model is loaded", highlight=False)
             return
         done.unlink(missing_ok=True)
@@ -89,15 +93,19 @@ class Run:
             console=self.console,
             seed=self.recipe.seed,
             bad=self.recipe.bad,
+            random=self.random,
         )
         run.fit(resume)
+        self.random -= trained_parts(run.plan)
+        if run.probe and (told := run.probe.told()):  # type: ignore[attr-defined]
+            self.console.print(told, highlight=False)
         last = stage.name == self.recipe.stages[-1].name
         model = self.out / "model" if last else folder / "model"
         event = f"stage {stage.name}: {run.steps} steps of {run.batches.per_step} samples, recipe {self.recipe.hash()}"
         self.vlm.config = self.vlm.config.model_copy(update={"provenance": self.vlm.config.provenance.add(event)})
         self.vlm.save(model)
         (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
-        done.write_text(json.dumps({"model": str(model), "steps": run.steps}))
+        write_json(done, {"model": str(model), "steps": run.steps})
         shutil.rmtree(
             folder / "checkpoints", ignore_errors=True
         )  # the stage can no longer be resumed, only its model used
@@ -118,12 +126,18 @@ class Run:
             processor = type(processor)(config, processor.tokenizer, processor.counter)
         return Renderer(processor, stage.max_length, stage.pack)
 
-    def _probe(self, renderer: Renderer, stage: Stage) -> Probe | None:
-        if self.held_out is None or stage.eval_every is None:
-            return None
-        order = self.held_out.order(0)[: self.recipe.eval.loss_samples].tolist()
-        examples = [self.held_out[s, i] for s, i in order]
-        return Probe(self.vlm.model, renderer, registry.get("objective", stage.objective), examples, stage.batch_size)
+    def _probe(self, renderer: Renderer, stage: Stage) -> Probe:
+        """Over held-out examples; where there are none, over training data, for the meter alone."""
+        mixture = self.held_out or self.mixture.only(stage.data)
+        examples = []
+        for s, i in mixture.order(0)[: self.recipe.eval.loss_samples].tolist():
+            try:
+                examples.append(mixture[s, i])
+            except DataError:
+                if self.held_out:
+                    raise
+        objective, seen = registry.get("objective", stage.objective), self.held_out is None
+        return Probe(self.vlm.model, renderer, objective, examples, stage.batch_size, seen)
 
 
 def _told(stage: Stage, found: Checked) -> str:
