@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from chiasm import registry
+from chiasm.config import PartConfig
 from chiasm.fusion.base import Fusion, FusionConfig
 
 
@@ -20,6 +21,27 @@ def build_model(config: FusionConfig, device: str | torch.device = "cpu", dtype:
     with _placed(device, dtype):
         model: Fusion = registry.get("fusion", config.type).compose(config)
         return model
+
+
+def install(model: Fusion, methods: Iterable[Any]) -> None:
+    """Put methods (LoRA, adapters, prefixes, ...) where the records of a configuration say."""
+    for record in methods:
+        method = registry.get("method", record.method.type)(record.method)
+        for name in record.modules:
+            method.install(model, name)
+
+
+def installed(model: Fusion) -> list[tuple[PartConfig, tuple[str, ...]]]:
+    """The methods that a model carries and the modules they changed, so that a saved model can be built again."""
+    found: dict[Any, list[str]] = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "method", None)
+        if isinstance(method, PartConfig):
+            names = found.setdefault(method, [])
+            changed = name.rpartition(".")[0] if module.beside else name
+            if changed not in names:
+                names.append(changed)
+    return [(method, tuple(names)) for method, names in found.items()]
 
 
 def check_counts(config: FusionConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

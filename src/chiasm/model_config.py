@@ -38,6 +38,13 @@ class Provenance(Config):
         )
 
 
+class MethodRecord(Config):
+    """A training method that the network carries, unmerged: its options and the modules it changed."""
+
+    method: part("method")  # type: ignore[valid-type]
+    modules: tuple[str, ...]
+
+
 class VLMConfig(Config):
     """A model to build.
 
@@ -51,6 +58,7 @@ class VLMConfig(Config):
     processing: ProcessingConfig
     weights: dict[str, str] = Field(default_factory=dict)
     tokenizer: str | None = None
+    methods: tuple[MethodRecord, ...] = ()
     provenance: Provenance = Provenance()
 
     @field_validator("format")
@@ -69,4 +77,4 @@ class VLMConfig(Config):
         return self.model_copy(update={"weights": self.weights | {k: str(v) for k, v in folders.items()}})
 
 
-__all__ = ["FORMAT", "ProcessingConfig", "Provenance", "VLMConfig"]
+__all__ = ["FORMAT", "MethodRecord", "ProcessingConfig", "Provenance", "VLMConfig"]

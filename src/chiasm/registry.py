@@ -29,6 +29,7 @@ ROOMS = {
     "checkpoint": "chiasm.presets",
     "source": "chiasm.data",
     "objective": "chiasm.train",
+    "method": "chiasm.train.methods",
     "task": "chiasm.eval",
     "metric": "chiasm.eval",
 }

@@ -18,7 +18,7 @@ from chiasm import registry
 from chiasm.checkpoints import folder as own
 from chiasm.checkpoints.hub import local_folder
 from chiasm.checkpoints.parts import load_part
-from chiasm.compose import build_model
+from chiasm.compose import build_model, install
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
@@ -203,6 +203,7 @@ def build(
     if torch.device(device).type != "meta":
         for part, path in config.weights.items():
             vlm.load_part(part, path)
+    install(model, config.methods)
     return vlm
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from chiasm.compose import build_model
+from chiasm.compose import build_model, install, installed
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import Weights, open_weights, read_json, replaced_folder, write_json, write_weights
 from chiasm.convert.rules import AnyRule, Plan, rename
@@ -16,7 +16,7 @@ from chiasm.errors import CheckpointError, FingerprintError
 from chiasm.fusion.base import Fusion
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.lm.tokenizer_files import NAMES
-from chiasm.model_config import VLMConfig
+from chiasm.model_config import MethodRecord, VLMConfig
 from chiasm.processing.fingerprint import REMEDY, compare, fingerprint
 from chiasm.processing.processor import Processor, TokenizerLike
 
@@ -47,7 +47,8 @@ def save(config: VLMConfig, model: Fusion, processor: Processor | None, folder: 
         if processor is not None:
             processor.tokenizer.save(aside)  # type: ignore[attr-defined]
             write_json(aside / FINGERPRINT, fingerprint(processor), indent=None)
-        saved = config.model_copy(update={"weights": {}, "tokenizer": None})
+        carried = tuple(MethodRecord(method=method, modules=modules) for method, modules in installed(model))
+        saved = config.model_copy(update={"weights": {}, "tokenizer": None, "methods": carried})
         write_json(aside / "config.json", saved.dump())
     return folder
 
@@ -83,10 +84,12 @@ def filled(
     """
     dtype = dtype or weights.dtype()
     model = build_model(config.model, "meta", dtype)
+    install(model, config.methods)
     plan = load_weights(model, weights, rules, dtype, device)
     lost = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if lost:  # a part computes buffers when it is built: build it where it will live
         model = build_model(config.model, device or "cpu", dtype)
+        install(model, config.methods)
         load_weights(model, weights, rules, dtype, device)
     return model, dropped(plan)
 

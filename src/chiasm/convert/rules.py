@@ -204,7 +204,7 @@ def _canonical(names: Iterable[str], rules: Sequence[AnyRule]) -> dict[str, str]
     for name in names:
         canonical = name
         for alias in aliases:
-            values = _match(alias.spelled, canonical)
+            values = match(alias.spelled, canonical)
             if values is not None:
                 canonical = fill(alias.means, values)
         if canonical in result:
@@ -215,13 +215,14 @@ def _canonical(names: Iterable[str], rules: Sequence[AnyRule]) -> dict[str, str]
 
 def _find(patterns: Sequence[str], name: str) -> tuple[int, dict[str, str]] | None:
     for which, pattern in enumerate(patterns):
-        values = _match(pattern, name)
+        values = match(pattern, name)
         if values is not None:
             return which, values
     return None
 
 
-def _match(pattern: str, name: str) -> dict[str, str] | None:
+def match(pattern: str, name: str) -> dict[str, str] | None:
+    """The values of the placeholders with which ``pattern`` is ``name``; None where it is not."""
     found = _compiled(pattern).fullmatch(name)
     return None if found is None else found.groupdict()
 

@@ -123,8 +123,7 @@ class Decoder(LM):
 
     def head(self, hidden: Tensor) -> Tensor:
         """``hidden [..., D]`` → logits ``[..., V]``."""
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)  # [..., V]
+        return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)  # [..., V]
 
     def steady(self, shortest: int, longest: int) -> bool:
         """Whether a cache filled at ``shortest`` positions still holds at ``longest``: frequencies may change."""

@@ -1,8 +1,8 @@
 """What a stage trains: a table of name patterns, resolved against a built model before the first step.
 
 A pattern is a dotted prefix of parameter names (``encoders.image``, ``lm.layers.0``) or a glob (``connectors.*``,
-``*.norm*``). Later rows win. ``freeze`` and ``train`` are actions, a number is ``train`` at that learning rate; further
-methods (LoRA, adapters) are further actions of ``ACTIONS``, never other builders.
+``*.norm*``). Later rows win. ``freeze`` and ``train`` are actions, a number is ``train`` at that learning rate, and a
+method (``lora(r=16)``, or a table with its ``type``) freezes what the pattern means and trains what it adds there.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
+from chiasm import registry
 from chiasm.errors import ConfigError, nearest
+from chiasm.train.methods.base import MethodConfig, installed, own_parameters
+from chiasm.train.methods.table import carried, install, parse_method, skeleton
 
-Action = float | str
+Action = float | str | dict[str, Any]
 ACTIONS = ("freeze", "train")
 
 PLANS: dict[str, dict[str, Action]] = {
@@ -58,25 +62,67 @@ class Plan:
         return sum(row.parameters for row in self.rows)
 
 
-def check_action(action: Action) -> None:
-    """Raise ConfigError unless the action is known; a number must be a learning rate above zero."""
+def check_action(action: Action) -> Action:
+    """The action, a number as a number (YAML reads ``1e-3`` as text). Raises ConfigError unless it is known."""
     if isinstance(action, str):
-        if action not in ACTIONS:
-            raise ConfigError(f"unknown action {action!r} in a plan; {nearest(action, ACTIONS)}, or a learning rate")
+        try:
+            return check_action(float(action))
+        except ValueError:
+            pass
+        if action not in ACTIONS and parse_method(action) is None:
+            known = [*ACTIONS, *registry.names("method")]
+            raise ConfigError(f"unknown action {action!r} in a plan; {nearest(action, known)}, or a learning rate")
+    elif isinstance(action, Mapping):
+        parse_method(action)
     elif not action > 0:
         raise ConfigError(f"a plan's learning rate is {action}; it must be above 0, or use 'freeze'")
+    return action
 
 
 def resolve(model: nn.Module, table: Mapping[str, Action], lr: float) -> Plan:
     """Match a plan's table with the model's parameters. Raises ConfigError on a pattern without parameters, a parameter
-    without a pattern, or nothing to train.
+    without a pattern, a method that finds nothing, or nothing to train.
+
+    Methods that the model does not carry yet are put on a copy without memory, so the model stays as it is.
     """
+    chosen = choose(model, table)
+    wanted = methods_in(model, chosen)
+    if any(not carried(model, method) for method in wanted.values()):
+        model = skeleton(model)
+        install(model, wanted)
+        chosen = choose(model, table)
+    own = own_parameters(model)
+    rates = {name: _rate(action, name in own, lr) for name, action in chosen.items()}
+    if all(rate is None for rate in rates.values()):
+        raise ConfigError(f"the plan freezes all {len(rates)} parameters; let it train a part")
+    groups: dict[tuple[str, str, float | None], int] = {}
+    for name, parameter in model.named_parameters():
+        rate = rates[name]
+        label = "freeze" if rate is None else own[name].label() if name in own else "train"
+        key = (part_of(name), label, rate)
+        groups[key] = groups.get(key, 0) + parameter.numel()
+    for name, module in installed(model):
+        if getattr(module, "quantised", 0):
+            key = (part_of(name), "freeze, 4 bits", None)
+            groups[key] = groups.get(key, 0) + module.quantised
+    rows = tuple(Row(p, n, label, rate) for (p, label, rate), n in groups.items())
+    return Plan(rates, rows)
+
+
+def prepare(model: nn.Module, table: Mapping[str, Action], seed: int = 0) -> None:
+    """Put the methods of a plan's table on the model, their parameters drawn from ``seed``. Raises ConfigError."""
+    install(model, methods_in(model, choose(model, table)), seed)
+
+
+def choose(model: nn.Module, table: Mapping[str, Action]) -> dict[str, Action]:
+    """The action of each parameter: that of the last pattern that means it. Raises ConfigError."""
     chosen: dict[str, Action] = {}
     parameters = dict(model.named_parameters())
+    hidden = [f"{name}.weight" for name, module in installed(model) if getattr(module, "quantised", 0)]
     for pattern, action in table.items():
-        check_action(action)
+        action = check_action(action)
         found = [name for name in parameters if matches(pattern, name)]
-        if not found:
+        if not found and not any(matches(pattern, name) for name in hidden):
             parts = sorted({part_of(name) for name in parameters})
             raise ConfigError(
                 f"plan pattern {pattern!r} matches 0 of {len(parameters)} parameters; {nearest(pattern, parts)}"
@@ -88,15 +134,22 @@ def resolve(model: nn.Module, table: Mapping[str, Action], lr: float) -> Plan:
             f"the plan says nothing about {len(left)} of {len(parameters)} parameters, the first is {left[0]!r}; "
             "put a row '*': freeze first"
         )
-    rates = {n: None if a == "freeze" else lr if a == "train" else float(a) for n, a in chosen.items()}
-    if all(rate is None for rate in rates.values()):
-        raise ConfigError(f"the plan freezes all {len(parameters)} parameters; let it train a part")
-    groups: dict[tuple[str, float | None], int] = {}
-    for name, rate in rates.items():
-        key = (part_of(name), rate)
-        groups[key] = groups.get(key, 0) + parameters[name].numel()
-    rows = tuple(Row(p, n, "freeze" if rate is None else "train", rate) for (p, rate), n in groups.items())
-    return Plan(rates, rows)
+    return chosen
+
+
+def methods_in(model: nn.Module, chosen: Mapping[str, Action]) -> dict[str, MethodConfig]:
+    """The parameters of the base model that a method is given, with the method."""
+    own = own_parameters(model)
+    parsed = {name: parse_method(action) for name, action in chosen.items() if name not in own}
+    return {name: method for name, method in parsed.items() if method is not None}
+
+
+def _rate(action: Action, own: bool, lr: float) -> float | None:
+    """The learning rate that an action gives to a parameter, which a method added (``own``) or not."""
+    method = parse_method(action)
+    if method is not None:
+        return (method.lr or lr) if own else None
+    return None if action == "freeze" else lr if action == "train" else float(action)  # type: ignore[arg-type]
 
 
 def apply(model: nn.Module, plan: Plan) -> None:

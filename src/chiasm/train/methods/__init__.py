@@ -1,0 +1,4 @@
+"""Methods that train a part by few parameters: transforms of a built model, one file and one import line each."""
+
+from chiasm.train.methods import lora as lora
+from chiasm.train.methods import qlora as qlora
