@@ -55,6 +55,18 @@ def test_tiny_form_trains(name, tmp_path, monkeypatch):
     assert chiasm.load(tmp_path / "model").num_parameters() == vlm.num_parameters()
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_shipped_parts_are_configured_as_in_the_demo(name):
+    """Where a recipe reads the package's own tower or language model, its configuration must be theirs."""
+    demo, mine = (load_recipe(ROOT / "recipes" / f"{n}.yaml").model for n in ("demo", name))
+    for part, folder in mine.weights.items():
+        kind, _, key = part.partition(".")
+        configs = [
+            m.config["model"]["encoders"][key] if kind == "encoders" else m.config["model"]["lm"] for m in (demo, mine)
+        ]
+        assert demo.weights[part] != folder or configs[0] == configs[1]
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("name", REAL)
 def test_real_input_in_its_tiny_form(name, tmp_path, monkeypatch, shared_data):
