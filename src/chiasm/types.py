@@ -168,6 +168,7 @@ class MediaItem:
     layout: Layout
     slots: Tensor | None = None  # [N] positions in the sample's input_ids that its tokens take
     key: str = ""  # what a frozen encoder's features of it are stored under; empty: they are not
+    cond: Tensor | None = None  # [L] ids of the instruction, for connectors that read it
 
 
 @dataclass
@@ -186,6 +187,14 @@ class Sample:
 
 
 @dataclass
+class Condition:
+    """The instruction, for connectors that read it: ids of the connector's own vocabulary, a row for each unit."""
+
+    ids: Tensor  # [U, L] long
+    mask: Tensor  # [U, L] bool, False at padding
+
+
+@dataclass
 class MediaBatch:
     """All media of one kind in a batch, units of all items one after the other."""
 
@@ -197,6 +206,7 @@ class MediaBatch:
     keys: list[str] = field(default_factory=list)  # of each item, where features are stored
     given: list[int] = field(default_factory=list)  # units of each item that stand in inputs, with keys only
     features: dict[str, Tokens] | None = None  # encoder → [all units, N, D]; given, no encoder runs
+    cond: Condition | None = None  # one row per item
 
 
 @dataclass
@@ -223,7 +233,15 @@ class Batch:
             floating = getattr(x, "is_floating_point", lambda: False)()
             return x.to(device, dtype=dtype if floating else None, non_blocking=True)
 
-        media = {kind: replace(m, inputs=move(m.inputs), slots=move(m.slots)) for kind, m in self.media.items()}
+        media = {
+            kind: replace(
+                m,
+                inputs=move(m.inputs),
+                slots=move(m.slots),
+                cond=None if m.cond is None else Condition(move(m.cond.ids), move(m.cond.mask)),
+            )
+            for kind, m in self.media.items()
+        }
         return Batch(
             move(self.input_ids),
             move(self.positions),
@@ -248,6 +266,7 @@ class Tokens:
     x: Tensor  # [B, N, D]
     mask: Tensor | None = None  # [B, N] bool, True where the vector counts; None: all do
     grid: tuple[int, int] | None = None  # (rows, columns) where the N vectors form a grid, row by row
+    runs: tuple[int, ...] | None = None  # units of each medium, for connectors that join them
 
 
 @dataclass

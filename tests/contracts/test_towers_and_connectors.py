@@ -40,6 +40,7 @@ ENCODERS: dict[str, tuple[dict[str, Any], list[tuple[int, ...]], tuple[str, ...]
     ),
     "vit/siglip": ({"type": "vit", **TINY_VIT, "cls": False, "activation": "gelu_tanh"}, PICTURES, ()),
     "vit/sincos": ({"type": "vit", **TINY_VIT, "positions": "sincos", "post_norm": "none"}, PICTURES, ()),
+    "vit/eva": ({"type": "vit", **TINY_VIT, "select": "cls_patch"}, PICTURES, ()),
     "vit/cls": ({"type": "vit", **TINY_VIT, "select": "cls"}, PICTURES, ()),
     "hf": (
         {"type": "hf", "config": {"model_type": "vit", **TINY_HF, "image_size": 24, "patch_size": 8}},
@@ -53,6 +54,7 @@ CONNECTORS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "linear": ({"type": "linear"}, {"image": 6}),
     "mlp": ({"type": "mlp", "depth": 3, "hidden": 9}, {"image": 6}),
     "pixel_shuffle": ({"type": "pixel_shuffle", "factor": 2, "depth": 2, "bias": True}, {"image": 6}),
+    "qformer": ({"type": "qformer", "queries": 3, "dim": 16, "depth": 3, "heads": 2, "mlp": 20}, {"image": 6}),
 }
 
 GRIDS = [(4, 4), (2, 6)]

@@ -17,7 +17,7 @@ from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.errors import DataError
 from chiasm.processing.base import FrontEnd, FrontEndConfig, Place
 from chiasm.registry import register
-from chiasm.types import Count, Layout, Media, MediaItem, Tokens
+from chiasm.types import Condition, Count, Layout, Media, MediaItem, Tokens
 
 
 @register("modality", "toy")
@@ -85,7 +85,7 @@ class ToyConnector(Connector):
         self.config = config
         self.join = nn.Linear(2 * dim, out_dim)
 
-    def forward(self, tokens: Tokens, cond: Tokens | None = None) -> Tokens:
+    def forward(self, tokens: Tokens, cond: Condition | None = None) -> Tokens:
         """``x [U, N, D_in]`` → ``[U, ceil(N/2), D_out]``."""
         x = nn.functional.pad(tokens.x, (0, 0, 0, tokens.x.shape[1] % 2))
         return Tokens(self.join(x.unflatten(1, (-1, 2)).flatten(2)))  # [U, ceil(N/2), D_out]

@@ -1,5 +1,5 @@
 """Connectors: from the encoders' widths to the language model's."""
 
-from chiasm.connectors import linear, mlp, pixel_shuffle
+from chiasm.connectors import linear, mlp, pixel_shuffle, qformer
 
-__all__ = ["linear", "mlp", "pixel_shuffle"]
+__all__ = ["linear", "mlp", "pixel_shuffle", "qformer"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from chiasm.config import PartConfig
 from chiasm.errors import ConfigError
-from chiasm.types import Count, Tokens
+from chiasm.types import Condition, Count, Tokens
 
 T = TypeVar("T", Count, Tokens)
 
@@ -21,17 +21,27 @@ class ConnectorConfig(PartConfig):
         """Tokens (and grid) for one unit, from the count of its source or of each of its sources, by name."""
         raise NotImplementedError
 
+    @property
+    def conditioned(self) -> bool:
+        """True where the connector reads the instruction: the processor then hands it over with every medium."""
+        return False
+
+    @property
+    def joins_units(self) -> bool:
+        """True where the units of a medium (frames of a clip) become one: ``Tokens.runs`` tells which go together."""
+        return False
+
 
 class Connector(nn.Module):
     """Maps ``Tokens(x [U, N, D_in])``, or several of them by name, to ``Tokens(x [U, N', D_out])``.
 
     A subclass nests its ``Config(ConnectorConfig)`` and takes ``(config, in_dims, out_dim)``; ``in_dims`` holds the
-    width of each source by encoder name. ``cond`` is the instruction as ``Tokens``, for those connectors that read it.
+    width of each source by encoder name. ``cond`` is the instruction, a row a unit, for connectors that read it.
     """
 
     Config: type[ConnectorConfig] = ConnectorConfig
 
-    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Tokens | None = None) -> Tokens:
+    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Condition | None = None) -> Tokens:
         """``x [U, N, D_in]`` (one, or one per source) → ``Tokens(x [U, N', D_out])``."""
         raise NotImplementedError
 

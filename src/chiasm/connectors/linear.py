@@ -12,7 +12,7 @@ from torch import nn
 
 from chiasm.connectors.base import Connector, ConnectorConfig, only, sole
 from chiasm.registry import register
-from chiasm.types import Count, Tokens
+from chiasm.types import Condition, Count, Tokens
 
 
 @register("connector", "linear")
@@ -33,7 +33,7 @@ class Linear(Connector):
         self.config = config
         self.proj = nn.Linear(sole(in_dims, "linear"), out_dim)
 
-    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Tokens | None = None) -> Tokens:
+    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Condition | None = None) -> Tokens:
         """``x [U, N, D_in]`` → ``[U, N, D_out]``."""
         tokens = only(tokens, "linear")
         return Tokens(self.proj(tokens.x), tokens.mask, tokens.grid)  # [U, N, D_out]

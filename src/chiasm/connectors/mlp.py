@@ -17,7 +17,7 @@ from torch import nn
 from chiasm.connectors.base import Connector, ConnectorConfig, only, sole
 from chiasm.nn.mlp import Activation
 from chiasm.registry import register
-from chiasm.types import Count, Tokens
+from chiasm.types import Condition, Count, Tokens
 
 
 @register("connector", "mlp")
@@ -43,7 +43,7 @@ class MLP(Connector):
             sole(in_dims, "mlp"), config.hidden or out_dim, out_dim, config.depth, config.activation
         )
 
-    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Tokens | None = None) -> Tokens:
+    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Condition | None = None) -> Tokens:
         """``x [U, N, D_in]`` → ``[U, N, D_out]``."""
         tokens = only(tokens, "mlp")
         return Tokens(self.layers(tokens.x), tokens.mask, tokens.grid)  # [U, N, D_out]

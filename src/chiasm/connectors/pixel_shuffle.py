@@ -19,7 +19,7 @@ from chiasm.connectors.base import Connector, ConnectorConfig, only, sole
 from chiasm.connectors.mlp import perceptron
 from chiasm.errors import ConfigError
 from chiasm.registry import register
-from chiasm.types import Count, Tokens
+from chiasm.types import Condition, Count, Tokens
 
 
 @register("connector", "pixel_shuffle")
@@ -48,7 +48,7 @@ class PixelShuffle(Connector):
         wide = sole(in_dims, "pixel_shuffle") * config.factor**2
         self.layers = perceptron(wide, config.hidden or out_dim, out_dim, config.depth, config.activation, config.bias)
 
-    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Tokens | None = None) -> Tokens:
+    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Condition | None = None) -> Tokens:
         """``x [U, rows·columns, D_in]`` → ``[U, rows·columns/factor², D_out]``."""
         tokens = only(tokens, "pixel_shuffle")
         if tokens.mask is not None:

@@ -1,7 +1,8 @@
-"""The vision transformer: plain, CLIP and SigLIP towers as configurations of one class.
+"""The vision transformer: plain, CLIP, SigLIP and EVA-CLIP towers as configurations of one class.
 
 Papers: ViT (arXiv:2010.11929), CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343). Reference: ``ViTModel``,
-``CLIPVisionModel`` and ``SiglipVisionModel`` of transformers 5.23, equal to 1e-5 in float32 on every hidden state.
+``CLIPVisionModel``, ``SiglipVisionModel`` and ``Blip2VisionModel`` of transformers 5.23, equal to 1e-5 in float32 on
+every hidden state (the last one of ``Blip2VisionModel``).
 
 Differences by design: blocks after the layer that is read are built, so that parameters are those of the published
 model, but never run; a picture of another size than ``image_size`` gets interpolated positions without being asked;
@@ -256,3 +257,12 @@ def siglip_so400m_14_384(image_size: int = 384, **changes: Any) -> ViT.Config:
 def siglip_so400m_14_384_26(image_size: int = 384, **changes: Any) -> ViT.Config:
     """SigLIP so400m without its last block and read before the last norm: the tower of LLaVA-OneVision."""
     return _siglip("so400m", 14, image_size, {"depth": 26, "post_norm": "unused"} | changes)
+
+
+def eva_clip_vit_g14(image_size: int = 224, **changes: Any) -> ViT.Config:
+    """EVA-CLIP ViT-g/14 as BLIP-2, InstructBLIP and MiniGPT-4 read it: 39 of its 40 blocks, class vector kept.
+
+    The norm at its end is LAVIS's ``ln_vision``, which trains while the tower is frozen (BLIP-2, arXiv:2301.12597).
+    """
+    sizes = {"image_size": image_size, "patch": 14, "dim": 1408, "depth": 39, "heads": 16, "mlp": 6144}
+    return ViT.Config(**(sizes | {"select": "cls_patch", "norm_eps": 1e-6} | changes))

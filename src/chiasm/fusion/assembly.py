@@ -11,7 +11,7 @@ from chiasm.connectors.base import Connector
 from chiasm.encoders.base import Encoder
 from chiasm.errors import ConfigError, nearest
 from chiasm.lm.base import LM
-from chiasm.types import Layout
+from chiasm.types import Condition, Layout
 
 
 def assemble(config: Any) -> tuple[dict[str, Encoder], dict[str, Connector], LM]:
@@ -49,12 +49,21 @@ def check_stream(model: Any, kind: str, shape: tuple[int, ...]) -> None:
         _compare(f"encoder {name!r}", kind, shape, config.encoders[name].count(shape).tokens, tokens.x.shape[1])
     if stream.pool and stream.pool_at == "before":
         features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
-    tokens = model.connectors[stream.connector](features if len(features) > 1 else next(iter(features.values())))
+    connector = model.connectors[stream.connector]
+    cond = blank_condition(1, model.device) if connector.config.conditioned else None
+    tokens = connector(features if len(features) > 1 else next(iter(features.values())), cond)
     if stream.pool and stream.pool_at == "after":
         tokens = stream.pool.apply(tokens)
     counted = config.unit_count(kind, shape).tokens
     _compare(f"connector {stream.connector!r}", kind, shape, counted, tokens.x.shape[1])
     config.count(kind, Layout(1, shape, original=(shape[-2], shape[-1]) if len(shape) > 2 else (0, 0)))
+
+
+def blank_condition(items: int, device: Any) -> Condition:
+    """An instruction of one token for each of ``items``: for runs on the meta device, where only shapes count."""
+    return Condition(
+        torch.zeros(items, 1, dtype=torch.long, device=device), torch.ones(items, 1, dtype=torch.bool, device=device)
+    )
 
 
 def _sources(config: Any, connector: str) -> tuple[str, ...]:

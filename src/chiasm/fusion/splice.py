@@ -10,6 +10,7 @@ a sample without media needs no dummy picture; padding reaches no position that 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from chiasm.fusion.assembly import assemble, check_stream, check_streams
 from chiasm.fusion.base import Asked, Fusion, FusionConfig
 from chiasm.fusion.pool import Pool
 from chiasm.lm.base import LM
-from chiasm.types import Batch, Count, Layout, MediaBatch, Output, Tokens
+from chiasm.types import Batch, Condition, Count, Layout, MediaBatch, Output, Tokens
 
 
 class Stream(Config):
@@ -129,7 +130,7 @@ class Splice(Fusion):
         named[f"{kind}/features"] = _one_or_all(features)
         if stream.pool and stream.pool_at == "before":
             features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
-        tokens = self.connectors[stream.connector](_one_or_all(features))  # [U, N', D]
+        tokens = self.connectors[stream.connector](*self._handed(stream, media, features, ids))  # [U, N', D]
         named[f"{kind}/projected"] = tokens
         if stream.pool and stream.pool_at == "after":
             tokens = stream.pool.apply(tokens)
@@ -146,6 +147,27 @@ class Splice(Fusion):
             start += layout.units
         named[f"{kind}/merged"] = runs
         return torch.cat(runs)  # [sum of counts, D]
+
+    def _handed(
+        self, stream: Stream, media: MediaBatch, features: Mapping[str, Tokens], ids: list[str]
+    ) -> tuple[Any, Condition | None]:
+        """What a connector is given: features, and the instruction where it reads one, a row for each unit."""
+        config = self.config.connectors[stream.connector]
+        units = tuple(layout.units for layout in media.layouts)
+        if config.joins_units:
+            features = {name: replace(tokens, runs=units) for name, tokens in features.items()}
+        if not config.conditioned:
+            return _one_or_all(features), None
+        if media.cond is None:
+            raise DataError(
+                f"sample {ids[media.owners[0]]!r}: connector {stream.connector!r} reads the instruction, but the batch "
+                "holds none: set processing.instruction, and make the batch with the model's own processor"
+            )
+        if config.joins_units:
+            return _one_or_all(features), media.cond
+        repeats = torch.tensor(units, device=media.cond.ids.device)
+        rows = torch.arange(len(units), device=repeats.device).repeat_interleave(repeats)  # [U]
+        return _one_or_all(features), Condition(media.cond.ids[rows], media.cond.mask[rows])
 
     def step(self, ids: Tensor, positions: Tensor, segments: Tensor, cache: Any) -> Tensor:
         """``ids [B, 1]`` → logits ``[B, V]`` of the next token."""
