@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chiasm.errors import ConfigError
+from chiasm.nn.scores import attention
 
 
 class Attention(nn.Module):
@@ -28,5 +29,8 @@ class Attention(nn.Module):
         """``x [B, N, D]``, ``mask [B, N]`` (True: may be attended to) → ``[B, N, D]``."""
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         allowed = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, N]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B, H, N, D/H]
+        if allowed is None:
+            mixed = attention(q, k, v)  # [B, H, N, D/H]
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B, H, N, D/H]
         return self.out(mixed.transpose(1, 2).flatten(2))  # [B, N, D]

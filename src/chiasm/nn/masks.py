@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chiasm.nn.scores import attention
+
 
 @dataclass(frozen=True)
 class Attend:
@@ -25,8 +27,10 @@ class Attend:
         """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, L, Dh]`` → ``[B, H, T, Dh]``."""
         if self.runs:
             return self._in_runs(q, k, v)
+        if self.mask is None:
+            return attention(q, k, v, self.causal)
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=grouped)
 
     def _in_runs(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of each piece of each row alone. Cut by ``split``, whose gradient is one concatenation."""
