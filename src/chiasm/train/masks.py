@@ -77,8 +77,8 @@ def _compare(
     with_end: bool,
 ) -> None:
     pieces = processor.template.render(messages, False, f"sample {id!r}")
-    own = "".join(_squash(p.text) if p.literal else "\0" for p in pieces)
-    end = processor.template.end
+    own = "".join(_squash(_as_tokens(processor, p.text, True)) if p.literal else "\0" for p in pieces)
+    end = _as_tokens(processor, processor.template.end, True)
     wanted = [_squash(_as_tokens(processor, m.text)) for m in answers]
     if not with_end:
         wanted = wanted[-1:]  # an encoder-decoder model learns the last answer
@@ -112,9 +112,10 @@ def _own(id: str, text: str, own: str) -> None:
         )
 
 
-def _as_tokens(processor: Any, text: str) -> str:
+def _as_tokens(processor: Any, text: str, literal: bool = False) -> str:
     """The text as it comes back from its tokens: what the tokenizer normalises or does not know is so on both sides."""
-    return str(processor.tokenizer.decode(processor.tokenizer.encode_pieces([Piece(text)]).ids, skip_special=False))
+    encoding = processor.tokenizer.encode_pieces([Piece(text, literal=literal)])
+    return str(processor.tokenizer.decode(encoding.ids, skip_special=False))
 
 
 def _squash(text: str) -> str:

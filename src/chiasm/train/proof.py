@@ -94,6 +94,7 @@ class Proof:
         self.norms: dict[str, float] = {}  # of the first gradient that was not 0
         self.zero: set[str] = set()  # had a gradient, but each of its values was 0
         self.kinds: set[str] = set()
+        self.looked = False  # whether all values were once found to be numbers
         self.moving = 0  # steps that had a learning rate above 0
         self.first: int | None = None  # the step after which all was shown
         self.last: Report | None = None
@@ -126,16 +127,20 @@ class Proof:
 
     def stepped(self, step: int, share: float) -> None:
         """After optimizer step ``step`` (from 1) at ``share`` of the learning rate. Raises ProofError."""
-        if not self.watching or share <= 0:
+        if not self.watching:
             return
-        self.moving += 1
-        if self.moving == 1:
-            self._still(step)
+        if not self.looked:
+            self.looked = True
+            self._numbers(step)
+        if share > 0:
+            self.moving += 1
+            if self.moving == 1:
+                self._still(step)
         left = self._left()
         late = {n for n in left if self._overdue(n, step)}
         if late:
             raise ProofError(self._no_gradient(sorted(late), step))
-        if not left:
+        if self.moving and not left:
             self._moved(step)
             self.first = step
 
@@ -168,6 +173,18 @@ class Proof:
             f"gradient ({_some(names)}): {why}"
         )
 
+    def _numbers(self, step: int) -> None:
+        """Weights that are no numbers need not show in the loss: torch's attention on the CPU makes 0 of a NaN score."""
+        tensors = {**self.trained, **self.frozen}
+        bad = not_finite(tensors)
+        if bad:
+            count = int((~torch.isfinite(tensors[bad[0]].detach())).sum())
+            raise ProofError(
+                f"stage {self.stage!r}, after step {step}: {len(bad)} of {len(tensors)} tensors hold values that "
+                f"are not finite ({_some(bad)}; {count} of {tensors[bad[0]].numel()} of the first), although the loss is: "
+                "the weights are damaged; load them again, or start from an earlier checkpoint"
+            )
+
     def _moved(self, step: int, now: Mapping[str, Mark] | None = None) -> None:
         now = now or marks({n: self.trained[n] for n in self.norms})
         same = [n for n in self.norms if now[n] == self.before[n]]
@@ -196,6 +213,7 @@ class Proof:
         """
         now = marks({**self.trained, **self.frozen})
         self.last = self.report(step, now)
+        self._numbers(step)
         if self.moving:
             self._still(step, now)
             if self.watching and not self.resumed and self.moving > PATIENCE and (left := self._left()):
@@ -303,6 +321,20 @@ def marks(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
         for i, value in zip(places, torch.stack([found[i] for i in places]).tolist(), strict=True):
             numbers[i] = value
     return {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(tensors)}
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the floating tensors that hold a value which is no finite number."""
+    floats = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+    if not floats:
+        return []
+    # a sum of absolute values is finite unless a value is not, or it overflows; only then is each value looked at
+    sums = torch.stack(
+        [t.abs().sum(dtype=torch.float64 if t.device.type != "mps" else None).cpu() for t in floats.values()]
+    )
+    odd = (~torch.isfinite(sums)).tolist()
+    return [name for name, o in zip(floats, odd, strict=True) if o and not torch.isfinite(floats[name]).all()]
 
 
 def _mark(tensor: Tensor) -> tuple[Tensor, Tensor]:
