@@ -18,7 +18,7 @@ from chiasm import registry
 from chiasm.checkpoints import folder as own
 from chiasm.checkpoints.hub import local_folder
 from chiasm.checkpoints.parts import load_part
-from chiasm.compose import build_model, install
+from chiasm.compose import build_model, check_counts, install
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
@@ -194,6 +194,7 @@ def build(
     source = tokenizer if tokenizer is not None else config.tokenizer
     if source is not None and not isinstance(source, Tokenizer):
         source = Tokenizer.from_folder(source)
+    check_counts(config.model, unit_shapes(config))
     model = build_model(config.model, device, as_dtype(dtype))
     processor = None
     if source is not None:
@@ -228,6 +229,9 @@ def load(
     Raises CheckpointError (FingerprintError) or ConfigError.
     """
     path = local_folder(name, revision, allow_pickle)
+    if own.is_adapter(path):
+        options = {"ignore_fingerprint": ignore_fingerprint, "template": template, "vision_tower": vision_tower}
+        return registry.get("adapter", "folder")(path, None, dtype, device, allow_pickle=allow_pickle, **options)
     values = read_json(path / "config.json")
     if own.is_own(values):
         config, model, processor = own.load(
@@ -284,6 +288,12 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"unknown dtype {dtype!r}; {nearest(dtype, ['float32', 'bfloat16', 'float16', 'float64'])}")
     return found
+
+
+def unit_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of a unit of each kind of media that the network takes and whose front end gives units of one shape."""
+    shapes = {kind: front.unit_shape for kind, front in config.processing.media.items()}
+    return {kind: shape for kind, shape in shapes.items() if shape is not None and kind in config.model.media}
 
 
 def _check_vocab(config: VLMConfig, tokenizer: Tokenizer) -> None:

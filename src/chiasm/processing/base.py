@@ -14,6 +14,11 @@ class FrontEndConfig(PartConfig):
 
     placeholder: str | None = None
 
+    @property
+    def unit_shape(self) -> tuple[int, ...] | None:
+        """The shape of one unit where all have the same, so that a built model's counts can be checked; else None."""
+        return None
+
 
 @dataclass(frozen=True)
 class Place:

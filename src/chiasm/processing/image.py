@@ -73,6 +73,11 @@ class ImageFrontEnd(FrontEnd):
         max_pixels: int = Field(default=PILLOW_LIMIT, ge=1, le=PILLOW_LIMIT)
         draft: bool = False  # let the JPEG decoder shrink large pictures: faster, but other pixels
 
+        @property
+        def unit_shape(self) -> tuple[int, ...]:
+            """``(3, size, size)``."""
+            return 3, self.size, self.size
+
         def model_post_init(self, context: Any) -> None:
             """Checks that the sizes fit each other. Raises ConfigError."""
             if self.edge < self.size:

@@ -66,6 +66,11 @@ class VideoFrontEnd(FrontEnd):
         fps: float = Field(default=1.0, gt=0)
         image: ImageFrontEnd.Config = ImageFrontEnd.Config()
 
+        @property
+        def unit_shape(self) -> tuple[int, ...]:
+            """That of a picture: a unit is a frame."""
+            return self.image.unit_shape
+
         def model_post_init(self, context: Any) -> None:
             """Raises ConfigError where frames would be tiled."""
             if self.image.tiling:
