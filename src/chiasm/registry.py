@@ -30,6 +30,7 @@ ROOMS = {
     "source": "chiasm.data",
     "objective": "chiasm.train",
     "method": "chiasm.train.methods",
+    "adapter": "chiasm.train.methods.files",
     "task": "chiasm.eval",
     "metric": "chiasm.eval",
 }

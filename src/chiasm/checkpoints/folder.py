@@ -29,6 +29,12 @@ def is_own(values: Any) -> bool:
     return isinstance(values, Mapping) and str(values.get("format", "")).startswith("chiasm/")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter (ours, or one of ``peft``) and no whole model."""
+    names = ("chiasm_adapter.json", "adapter_config.json")
+    return not (folder / "config.json").is_file() and any((folder / name).is_file() for name in names)
+
+
 def save(config: VLMConfig, model: Fusion, processor: Processor | None, folder: Path, max_shard: int) -> Path:
     """Write everything aside, then move it into ``folder``. Raises CheckpointError for a model without memory."""
     state = model.state_dict()

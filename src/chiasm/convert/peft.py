@@ -108,9 +108,14 @@ def write(folder: Path, adapter: PeftFile, modules_to_save: tuple[str, ...] = ()
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(owned, str(folder / WEIGHTS), {"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors)
     write_json(folder / CONFIG, values)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file of copies."""
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(owned, str(path), {"format": "pt"})
 
 
 def _only_lora(config: Any, folder: Path) -> None:

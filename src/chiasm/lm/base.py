@@ -30,6 +30,7 @@ class LM(nn.Module):
     dim: int
     vocab: int
     max_positions: int | None = None  # None: no limit
+    extra = 0  # columns that a row takes in the cache beside its own: a learned prompt's
     encoder_decoder = False
     start_id: int | None = None  # encoder-decoder only: the id a decoder begins with
 

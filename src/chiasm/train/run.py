@@ -19,6 +19,7 @@ from chiasm.errors import DataError
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
 from chiasm.train.loop import StageRun
+from chiasm.train.methods.settle import settle
 from chiasm.train.model import best_device, open_model, random_parts, trained_parts
 from chiasm.train.plan import resolve
 from chiasm.train.probe import Probe
@@ -56,6 +57,7 @@ class Run:
             registry.get("metric", entry.metric)
         self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, best_device(recipe.device))
         self.random = random_parts(recipe.model, self.vlm.model) if vlm is None else set()
+        self.base = recipe.model.folder  # where the weights that a stage begins with are saved, if they are
 
     def prepare(self) -> None:
         """Every stage's plan and steps, and the samples of every stage's sources, looked at before the first step."""
@@ -81,7 +83,8 @@ class Run:
         if resume and done.is_file():
             from chiasm.vlm import load
 
-            self.vlm = load(json.loads(done.read_text())["model"], device=best_device(self.recipe.device))
+            self.base = json.loads(done.read_text())["model"]
+            self.vlm = load(self.base, device=best_device(self.recipe.device))
             self.random -= trained_parts(resolve(self.vlm.model, stage.table(), stage.lr))
             self.console.print(f"Stage {stage.name} was finished before; its model is loaded", highlight=False)
             return
@@ -103,7 +106,11 @@ class Run:
         model = self.out / "model" if last else folder / "model"
         event = f"stage {stage.name}: {run.steps} steps of {run.batches.per_step} samples, recipe {self.recipe.hash()}"
         self.vlm.config = self.vlm.config.model_copy(update={"provenance": self.vlm.config.provenance.add(event)})
+        told = settle(self.vlm, run.plan, folder / "adapter", self.base)
+        if told:
+            self.console.print(f"Stage {stage.name}: {told}", highlight=False, soft_wrap=True)
         self.vlm.save(model)
+        self.base = str(model)
         (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
         write_json(done, {"model": str(model), "steps": run.steps})
         shutil.rmtree(

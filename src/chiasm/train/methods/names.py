@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from chiasm.convert.rules import Alias, AnyRule, match, fill, plan_export, plan_import, prefixed
+from chiasm.convert.rules import Alias, AnyRule, fill, match, plan_export, plan_import, prefixed
 from chiasm.errors import CheckpointError
 from chiasm.presets.hf_export import family
 from chiasm.presets.hf_llava import rules as llava_rules
