@@ -21,8 +21,8 @@ from chiasm.registry import register
 from chiasm.types import Media, Message, Text
 
 SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS = Scenes(), Digits(), Charts(), Signs(), Bills(), Pairs(), Clips()
-SOLOS, CROWDS = Crowds("solo", 1, 1), Crowds("crowd", 4, 9)
-FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS, SOLOS, CROWDS)
+CROWDS = Crowds("crowd", 3, 9)
+FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS, CROWDS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ TASKS: dict[str, Task] = {
     "document": Task(BILLS, BILLS.kinds),
     "comparison": Task(PAIRS, PAIRS.kinds),
     "clip": Task(CLIPS, CLIPS.kinds),
-    "solo_caption": Task(SOLOS, ("caption",)),
     "crowd_caption": Task(CROWDS, ("caption",)),
     "caption": Task(SCENES, ("caption",)),
     "digit_caption": Task(DIGITS, ("caption",)),
