@@ -18,6 +18,7 @@ from chiasm.types import Count, Tokens
 
 TINY_VIT = {"image_size": 24, "patch": 8, "dim": 16, "depth": 3, "heads": 2, "mlp": 20}
 TINY_HF = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_BODY = {"dim": 16, "depth": 3, "heads": 2, "mlp": 20}
 PICTURES = [(3, 24, 24), (3, 32, 16), (3, 45, 27)]
 
 # name → (configuration, shapes of a unit it takes, parameters that stand for a published model's file but do not run)
@@ -54,6 +55,16 @@ CONNECTORS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "linear": ({"type": "linear"}, {"image": 6}),
     "mlp": ({"type": "mlp", "depth": 3, "hidden": 9}, {"image": 6}),
     "pixel_shuffle": ({"type": "pixel_shuffle", "factor": 2, "depth": 2, "bias": True}, {"image": 6}),
+    "dynamic": ({"type": "dynamic", "keep": 5, "then": {"type": "mlp", "hidden": 9}}, {"image": 8}),
+    "gate": ({"type": "gate", "then": {"type": "linear"}}, {"image": 6, "detail": 4}),
+    "gate/tanh": ({"type": "gate", "mode": "residual_tanh"}, {"image": 6, "detail": 4}),
+    "hierarchical": (
+        {"type": "hierarchical", "frame": TINY_BODY, "clip": TINY_BODY, "frame_queries": 4, "frames": 1, "queries": 3},
+        {"image": 6},
+    ),
+    "mqt": ({"type": "mqt", "queries": 9, "use": 4, "heads": 2}, {"image": 8}),
+    "multiscale": ({"type": "multiscale", "queries": 3, "strides": [2, 1], "body": TINY_BODY}, {"image": 6}),
+    "resampler": ({"type": "resampler", "queries": 3, "depth": 2, "heads": 2, "head_dim": 4}, {"image": 8}),
     "qformer": ({"type": "qformer", "queries": 3, "dim": 16, "depth": 3, "heads": 2, "mlp": 20}, {"image": 6}),
 }
 
@@ -280,7 +291,8 @@ def test_connector_gradients(key: str):
     out = model(x).x
     (out * torch.randn(out.shape, generator=generator(1))).sum().backward()
     for name, p in model.named_parameters():
-        zero_by_symmetry = name.endswith(("k.bias", "k_proj.bias", "key.bias"))
+        # what shifts all keys alike shifts all scores of a query alike
+        zero_by_symmetry = name.endswith(("k.bias", "k_proj.bias", "key.bias", "key_norm.bias"))
         assert p.grad is not None and (zero_by_symmetry or p.grad.abs().max() > 1e-7), f"{name} gets no gradient"
     for tensor in leaf(x):
         assert tensor.grad is not None and (tensor.grad.abs().amax(dim=(0, 1)) > 0).all()

@@ -1,5 +1,15 @@
 """Connectors: from the encoders' widths to the language model's."""
 
-from chiasm.connectors import linear, mlp, pixel_shuffle, qformer
+from chiasm.connectors import dynamic, gate, hierarchical, linear, mlp, mqt, pixel_shuffle, qformer, resampler
 
-__all__ = ["linear", "mlp", "pixel_shuffle", "qformer"]
+__all__ = [
+    "dynamic",
+    "gate",
+    "hierarchical",
+    "linear",
+    "mlp",
+    "mqt",
+    "pixel_shuffle",
+    "qformer",
+    "resampler",
+]

@@ -5,15 +5,15 @@ Reference: salesforce/LAVIS ``Qformer.py`` 506965b; ``Blip2QFormerModel`` and ``
 transformers 5.23, equal to 1e-5 in float32.
 
 A BERT with its norms after the sums. Queries and text share self-attention; each has its own perceptron; the queries
-alone look at the picture, in every ``cross_every``-th layer beginning with the first. Text has positions, queries have
-none. Three masks over [queries | text] make the three tasks of BLIP-2's first stage out of one pass: ``unimodal``,
-``bidirectional``, ``multimodal_causal``.
+alone look at the picture, in every ``cross_every``-th layer beginning with the first. Text has positions, queries
+have none. Three masks over [queries | text] make the three tasks of BLIP-2's first stage out of one pass:
+``unimodal``, ``bidirectional``, ``multimodal_causal``.
 
 Differences by design: queries start as a normal of deviation 0.02, as in LAVIS (transformers starts them at zero: all
 stay equal, and the norm with its epsilon of 1e-12 makes their first gradient huge); the whole runs in the type of the
 model (both references keep it in float32); one masked pass stands for LAVIS's two passes over cached keys, and equals
-them without dropout; dropout is 0 unless asked for (BERT: 0.1), so that accumulated gradients are exact; an instruction
-longer than the positions is refused.
+them without dropout; dropout is 0 unless asked for (BERT: 0.1), so that accumulated gradients are exact; an
+instruction longer than the positions is refused.
 
 InstructBLIP is sometimes sketched as cross-attention in the language model. It is not: what crosses is inside this
 connector, and the language model gets a prefix.

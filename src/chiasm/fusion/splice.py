@@ -67,9 +67,15 @@ class Splice(Fusion):
             count = self.connectors[stream.connector].count(_one_or_all(counts))
             return stream.pool.count(count) if stream.pool and stream.pool_at == "after" else count
 
+        def joined(self, kind: str, layout: Layout) -> Layout:
+            """The layout after the connector, which may make one unit of a medium's many."""
+            joins = self.connectors[self.stream(kind).connector].joins_units
+            return replace(layout, units=1, grid=(0, 0)) if joins else layout
+
         def count(self, kind: str, layout: Layout) -> int:
             """Tokens of one medium in the sequence."""
-            return self.stream(kind).merge.count(layout, self.unit_count(kind, layout.shape))
+            unit = self.unit_count(kind, layout.shape)
+            return self.stream(kind).merge.count(self.joined(kind, layout), unit)
 
         def needs_newline(self) -> bool:
             """True where any stream's merge uses the newline vector."""
@@ -136,7 +142,8 @@ class Splice(Fusion):
             tokens = stream.pool.apply(tokens)
         runs, start = [], 0
         unit = Count(tokens.x.shape[1], tokens.grid)
-        for layout, count, owner in zip(media.layouts, media.counts, media.owners, strict=True):
+        for given, count, owner in zip(media.layouts, media.counts, media.owners, strict=True):
+            layout = self.config.joined(kind, given)
             run = self.merges[kind](tokens.x[start : start + layout.units], unit, layout, self.newline)  # [M, D]
             if len(run) != count:
                 raise DataError(
@@ -176,7 +183,7 @@ class Splice(Fusion):
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """Room for ``capacity`` positions of ``batch`` rows."""
-        return self.lm.new_cache(batch, capacity, self.device, self.dtype)
+        return self.lm.new_cache(batch, capacity + self.lm.extra, self.device, self.dtype)
 
     def _decode(self, batch: Batch, x: Tensor, logits: Asked | None, named: dict[str, Any]) -> Output:
         """Encoder-decoder: the spliced sequence is the encoder's, ``target_ids [B, S]`` the decoder's."""

@@ -1,4 +1,4 @@
-"""Positions of patches in a picture: learned ones carried to another grid, and fixed sines and cosines."""
+"""Maps of patches: learned positions carried to another grid, fixed sines and cosines, averages over squares."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def sincos(dim: int, grid: tuple[int, int], device: torch.device | None = None) 
         (columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)), dim=2
     )  # [rows, columns, D]
     return pairs.flatten(0, 1).to(device, torch.float32)  # [rows*columns, D]
+
+
+def average_pool(x: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+    """A map ``x [U, rows·columns, D]`` averaged over squares of ``stride``, the rest of the division dropped."""
+    if stride == 1:
+        return x
+    plane = F.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), stride)  # [U, D, rows/stride, columns/stride]
+    return plane.flatten(2).transpose(1, 2)  # [U, rows/stride*columns/stride, D]
