@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from chiasm.lm.base import LM, Cross, LMConfig
 from chiasm.nn.cache import KVCache
 from chiasm.nn.masks import Attend, causal
-from chiasm.nn.mlp import activation
+from chiasm.nn.mlp import activation, gated
 from chiasm.nn.norm import RMSNorm
 from chiasm.nn.rope import Rope, RopeScaling, rotate
 from chiasm.registry import register
@@ -190,7 +190,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, T, D]`` → ``[B, T, D]``."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 def initialise(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ is its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+def gated(gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``function(gate) · up``, all ``[...]`` of one shape."""
+    if function is F.silu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return]
+    return function(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) · up``; the activated gate is computed again on the way back instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """``gate``, ``up`` ``[...]`` → ``[...]``."""
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        """``slopes[0] [...]`` → the gradients of ``gate`` and ``up``."""
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(slopes[0] * up, gate)
+        return of_gate, F.silu(gate).mul_(slopes[0])
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,37 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., D]`` → ``[..., D]``."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        if torch.is_grad_enabled() and x.dtype != torch.float32 and not torch.compiler.is_compiling():
+            return _Lean.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        return self.weight * _normed(x, self.eps)[0]
+
+
+class _Lean(torch.autograd.Function):
+    """The same, keeping its input for the way back instead of the float32 tensors on the way: a fifth of the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``x [..., D]``, ``weight [D]`` → ``[..., D]``."""
+        normed, inverse = _normed(x, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * normed
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        """``slopes[0] [..., D]`` → the gradients of ``x`` and ``weight``."""
+        x, weight, inverse = ctx.saved_tensors
+        unit = x.float().mul_(inverse)  # [..., D]
+        slope = slopes[0].float()
+        of_weight = (slope * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, None
+        slope = slope * weight.float()
+        share = (slope * unit).mean(-1, keepdim=True)  # [..., 1]
+        return slope.sub_(unit.mul_(share)).mul_(inverse).to(x.dtype), of_weight, None
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x [..., D]`` → ``x / rms [..., D]`` in its own type and ``1 / rms [..., 1]`` in float32."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse).to(x.dtype), inverse

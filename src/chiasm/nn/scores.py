@@ -18,7 +18,7 @@ LONGEST = 768
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, T, Dh]`` → ``[B, H, T, Dh]``; ``H`` is a multiple of ``H_kv``."""
+    """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, T, Dh]`` → ``[B, H, T, Dh]``."""
     written = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] == k.shape[2] <= LONGEST
     if written and not torch.compiler.is_compiling():
         return _Written.apply(q, k, v, causal)  # type: ignore[no-any-return]

@@ -42,17 +42,29 @@ class Masters:
             if name not in self.trained and p.dtype != low:
                 self.frozen[name] = p.data.cpu()
             p.data = p.data.to(low)
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._take(name, p))
+            for name, p in self.trained.items()
+        ]
 
     def collect(self) -> None:
-        """Add the model's gradients of one micro-batch to those of the masters."""
-        if self.low is None:
-            return
-        for name, p in self.trained.items():
-            if p.grad is not None:
-                master = self.masters[name]
-                gradient = p.grad.to(torch.float32)
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                p.grad = None
+        """Add the model's gradients of one micro-batch to those of the masters.
+
+        A backward pass does so by itself, for each parameter as soon as its gradient is whole: the model's own
+        gradients never stand in memory all at once.
+        """
+        if self.low is not None:
+            for name, p in self.trained.items():
+                self._take(name, p)
+
+    def _take(self, name: str, p: nn.Parameter) -> None:
+        if p.grad is not None:
+            master = self.masters[name]
+            if master.grad is None:
+                master.grad = p.grad.to(torch.float32)
+            else:
+                master.grad.add_(p.grad)
+            p.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -66,6 +78,8 @@ class Masters:
         """End of the stage: the model in float32 again."""
         if self.low is None:
             return
+        for hook in self.hooks:
+            hook.remove()
         for name, p in self.trained.items():
             p.data = self.masters[name].data
             p.grad = None
