@@ -8,6 +8,7 @@ that skips bad samples writes the same lines, with the step, beside its log.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,12 @@ def _entry(line: str, where: str) -> Quarantined:
     return Quarantined(record["source"], record["index"], *texts)
 
 
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that a kill may have cut."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 # ------------------------------------------------------------------------------------------------------- on the way
 
 
@@ -144,10 +151,14 @@ class Skips:
         self.seen: set[tuple[str, int]] = set()
         kept = []
         if resume_at is not None and path.is_file():
-            kept = [r for r in map(json.loads, path.read_text("utf-8").splitlines()) if r["step"] <= resume_at]
-        path.unlink(missing_ok=True)
-        for record in kept:
-            self._write(record)
+            kept = [r for r in _whole_lines(path) if r["step"] <= resume_at]
+        self.seen = {(record["source"], record["index"]) for record in kept}
+        if path.is_file():  # replaced in one step, so that a kill here forgets nothing
+            aside = path.with_name(f".{path.name}")
+            aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+            os.replace(aside, path)
+            if not kept:
+                path.unlink()
 
     def add(self, step: int, sample: Quarantined, error: DataError) -> None:
         """Count a sample that step ``step`` left out. Raises ``error`` above the cap, with both numbers."""

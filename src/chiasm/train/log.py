@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ class JsonLog:
         kept = []
         if resume_at is not None and path.is_file():
             kept = [r for r in read_log(path) if r["step"] <= resume_at]
-        self.file = path.open("w", encoding="utf-8")
-        for record in kept:
-            self.write(record)
+        aside = path.with_name(f".{path.name}")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(aside, path)  # in one step, so that a kill here loses nothing
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record and flush it."""

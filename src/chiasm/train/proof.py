@@ -174,15 +174,15 @@ class Proof:
         )
 
     def _numbers(self, step: int) -> None:
-        """Weights that are no numbers need not show in the loss: torch's attention on the CPU makes 0 of a NaN score."""
+        """Weights that are no numbers need not show in the loss: torch's attention on the CPU turns NaN into 0."""
         tensors = {**self.trained, **self.frozen}
         bad = not_finite(tensors)
         if bad:
             count = int((~torch.isfinite(tensors[bad[0]].detach())).sum())
             raise ProofError(
                 f"stage {self.stage!r}, after step {step}: {len(bad)} of {len(tensors)} tensors hold values that "
-                f"are not finite ({_some(bad)}; {count} of {tensors[bad[0]].numel()} of the first), although the loss is: "
-                "the weights are damaged; load them again, or start from an earlier checkpoint"
+                f"are not finite ({_some(bad)}; {count} of {tensors[bad[0]].numel()} of the first), although the loss "
+                "is: the weights are damaged; load them again, or start from an earlier checkpoint"
             )
 
     def _moved(self, step: int, now: Mapping[str, Mark] | None = None) -> None:
