@@ -15,6 +15,7 @@ VERBS = {
     "eval": "Score a model on held-out examples, with true and with shuffled pictures.",
     "chat": "Talk to a model about pictures.",
     "generate": "Answer one prompt, or every line of a JSONL file.",
+    "selftest": "Try a promise of the package on your own recipe: that a killed run resumes to the same bits.",
     "inspect": "Show a sample as the model sees it and walk it through the model.",
     "list": "Presets and parts by name.",
     "show": "What a preset or a saved model is made of.",
