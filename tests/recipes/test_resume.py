@@ -27,7 +27,7 @@ from chiasm.train import checkpoint
 from chiasm.train.loop import StageRun
 from chiasm.train.recipe import Recipe, Stage
 from chiasm.train.run import train
-from chiasm.train.selftest import compare, selftest
+from chiasm.train.selftest import PRELOAD, compare, selftest
 
 QUIET = Console(file=io.StringIO())
 
@@ -82,7 +82,7 @@ def _killed(data: Path, point: int, name: str) -> int:
     from kill_run import work
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chiasm.train.selftest", "chiasm.train.run", "chiasm.vlm"])
+    context.set_forkserver_preload(PRELOAD)
     (data / name).mkdir(exist_ok=True)
     values = recipe(data, out=str(data / name)).dump()
     process = context.Process(target=work, args=(values, point, str(data / name)))

@@ -28,6 +28,9 @@ from chiasm.errors import ChiasmError, ConfigError
 from chiasm.train.log import read_log
 from chiasm.train.recipe import Recipe
 
+PRELOAD = ["chiasm.train.selftest", "chiasm.train.run", "chiasm.vlm", "torch._dynamo"]
+"""What the server imports: the last is otherwise imported by the first step of an optimizer, in seconds."""
+
 SLOWEST = 3600.0
 """Seconds after which a run counts as stuck."""
 
@@ -92,7 +95,7 @@ def selftest(
     known = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload(["chiasm.train.selftest", "chiasm.train.run", "chiasm.vlm"])
+        context.set_forkserver_preload(PRELOAD)
     values = shortened(recipe, steps, save_every, folder / "straight").dump()
     first = _attempt(context, values, None)  # also warms what is made once, caches of features for instance
     outcome = Outcome(first.seconds)
