@@ -43,31 +43,15 @@ class Group:
 
 def show(summary: Summary, console: Console) -> None:
     """The numbers of each source, and how many findings of each kind there are with one example."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("source")
-    for column in (
-        "samples",
-        "bad",
-        "pictures",
-        "text only",
-        "tokens",
-        "median",
-        "p95",
-        "longest",
-        "of media",
-        "learned",
-    ):
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("source", overflow="fold")
+    for column in ("samples", "bad", "pictures", "text only", "tokens", "95 %", "longest", "media", "learned"):
         table.add_column(column, justify="right")
     for s in summary.sources:
-        lengths = [
-            f"{s.mean:.0f}",
-            *(f"{n:,}" for n in (s.median, s.p95, s.longest)),
-            f"{s.media:.0f}",
-            f"{s.targets:.0f}",
-        ]
-        known = lengths if s.longest else ["–"] * 6
+        lengths = [f"{s.mean:.0f}", f"{s.p95:,}", f"{s.longest:,}", f"{s.media:.0f}", f"{s.targets:.0f}"]
+        known = lengths if s.longest else ["–"] * 5
         bad = Text(f"{s.bad:,}", style="bold red" if s.bad else "")
-        table.add_row(s.name, f"{s.samples:,}", bad, f"{s.pictures:,}", f"{s.text_only:,}", *known)
+        table.add_row(Text(s.name), f"{s.samples:,}", bad, f"{s.pictures:,}", f"{s.text_only:,}", *known)
     console.print(table)
     if summary.longest:
         long = summary.longest
