@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,17 @@ from chiasm.types import Batch, Sample
 
 @dataclass(frozen=True)
 class Spec:
-    """One micro-batch to make: part ``part`` of ``parts`` of optimizer step ``step``, in epoch ``epoch``."""
+    """One micro-batch to make: part ``part`` of ``parts`` of optimizer step ``step``, in epoch ``epoch``.
+
+    ``first`` is the place of its first sample in the whole step, whichever rank makes it.
+    """
 
     step: int
     part: int
     parts: int
     epoch: int
     refs: tuple[Ref, ...]
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,12 @@ class BatchPlan:
         """Optimizer steps of an epoch, rounded up."""
         return -(-len(self.mixture) // self.per_step)
 
-    def specs(self, start: int, stop: int) -> Iterator[Spec]:
-        """The micro-batches of steps ``start`` … ``stop - 1``. Depends on the position only, not on what ran before."""
+    def specs(self, start: int, stop: int, rank: int = 0, ranks: int = 1) -> Iterator[Spec]:
+        """The micro-batches of steps ``start`` … ``stop - 1``. Depends on the position only, not on what ran before.
+
+        Of several ranks each is given its own share of every step, and all the same number of micro-batches; those of a
+        rank for which nothing is left are empty.
+        """
         step = start
         while step < stop:
             epoch, first = divmod(step, self.steps_per_epoch)
@@ -60,8 +69,9 @@ class BatchPlan:
                 if epoch * self.steps_per_epoch + number >= stop:
                     return
                 step = epoch * self.steps_per_epoch + number
-                for index, refs in enumerate(parts):
-                    yield Spec(step, index, len(parts), epoch, refs)
+                mine = deal(parts, self.accumulate, rank, ranks)
+                for index, (refs, first) in enumerate(mine):
+                    yield Spec(step, index, len(mine), epoch, refs, first)
             step += 1
 
     def _epoch(self, epoch: int, first: int) -> Iterator[tuple[int, list[tuple[Ref, ...]]]]:
@@ -84,6 +94,25 @@ class BatchPlan:
                 batches[i] for i in permutation(len(batches), self.mixture.seed, "bucket", epoch, start).tolist()
             ]
         return batches
+
+
+def deal(
+    parts: Sequence[tuple[Ref, ...]], accumulate: int, rank: int, ranks: int
+) -> list[tuple[tuple[Ref, ...], int]]:
+    """A rank's share of a step: micro-batches with the place of their first sample in the step.
+
+    Whole micro-batches are dealt out where ``accumulate`` is a multiple of the ranks; else each is cut first, into as
+    many slices as it takes. A step cut short at the end of an epoch leaves empty slices, never another number of them.
+    """
+    slices = ranks // math.gcd(accumulate, ranks)
+    cut, place = [], 0
+    for part in parts:
+        for k in range(slices):
+            begin, end = len(part) * k // slices, len(part) * (k + 1) // slices
+            cut.append((part[begin:end], place + begin))
+        place += len(part)
+    cut += [((), place)] * (-len(cut) % ranks)
+    return cut[rank::ranks]
 
 
 class Renderer:
@@ -133,16 +162,14 @@ class _Made(Dataset):
     def __getitem__(self, spec: Spec) -> tuple[Spec, Batch | ChiasmError | None, list[Bad]]:
         samples: list[Sample] = []
         bad: list[Bad] = []
-        with placed(self.mixture.seed, "sample", spec.step, spec.part):  # the same from any start, by any worker
-            return self._make(spec, samples, bad)
-
-    def _make(self, spec: Spec, samples: list[Sample], bad: list[Bad]) -> tuple[Spec, Batch | ChiasmError | None, list]:
         try:
-            for ref in spec.refs:
+            for place, ref in enumerate(spec.refs, spec.first):
                 example = None
                 try:
-                    example = self.mixture[ref]
-                    samples.append(self.renderer.sample(example))
+                    # The same from any start, by any worker, on any rank.
+                    with placed(self.mixture.seed, "sample", spec.step, place):
+                        example = self.mixture[ref]
+                        samples.append(self.renderer.sample(example))
                 except DataError as error:
                     id = example.id if example else id_of(self.mixture.sources[ref[0]], ref[1])
                     name = self.mixture.names[ref[0]]
@@ -153,24 +180,32 @@ class _Made(Dataset):
 
 
 class _Specs:
-    def __init__(self, plan: BatchPlan, start: int, stop: int):
-        self.plan, self.start, self.stop = plan, start, stop
+    def __init__(self, plan: BatchPlan, start: int, stop: int, share: tuple[int, int]):
+        self.plan, self.start, self.stop, self.share = plan, start, stop, share
 
     def __iter__(self) -> Iterator[Spec]:
-        return self.plan.specs(self.start, self.stop)
+        return self.plan.specs(self.start, self.stop, *self.share)
 
 
 def load(
-    plan: BatchPlan, renderer: Renderer, start: int, stop: int, workers: int = 0, skips: Skips | None = None
+    plan: BatchPlan,
+    renderer: Renderer,
+    start: int,
+    stop: int,
+    workers: int = 0,
+    skips: Skips | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Spec, Batch | None]]:
     """The batches of steps ``start`` … ``stop - 1``. Workers start with the first batch asked for.
+
+    ``share`` is ``(rank, ranks)``: each rank is given its own part of every step.
 
     A sample that cannot be used raises DataError, or is left out where ``skips`` lets it; the other samples keep their
     places. A micro-batch that loses every sample comes as None.
     """
     loader = DataLoader(
         _Made(plan.mixture, renderer),
-        sampler=_Specs(plan, start, stop),
+        sampler=_Specs(plan, start, stop, share),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
