@@ -153,7 +153,8 @@ class Splice(Fusion):
             runs.append(run)
             start += layout.units
         named[f"{kind}/merged"] = runs
-        return torch.cat(runs)  # [sum of counts, D]
+        # Zero media, which a sharded model runs where only other ranks have some, give zero vectors.
+        return torch.cat(runs) if runs else tokens.x.flatten(0, 1)[:0]  # [sum of counts, D]
 
     def _handed(
         self, stream: Stream, media: MediaBatch, features: Mapping[str, Tokens], ids: list[str]
