@@ -24,6 +24,7 @@ class Encoder(nn.Module):
 
     Config: type[EncoderConfig] = EncoderConfig
     dim: int
+    recompute = False  # training: each block's inner states are computed again on the way back, not kept
 
     def forward(self, inputs: Tensor) -> Tokens:
         """``inputs [U, *shape]`` → ``Tokens(x [U, N, D])``."""

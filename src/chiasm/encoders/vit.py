@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.errors import ConfigError
+from chiasm.nn.again import call
 from chiasm.nn.attention import Attention
 from chiasm.nn.mlp import MLP
 from chiasm.nn.patch import Patches, patch_grid
@@ -145,7 +146,7 @@ class ViT(Encoder):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         for block in self.blocks[: self.config.blocks_run]:
-            x = block(x)
+            x = call(block, self.recompute, x)
         if self.config.select == "cls":
             x = x[:, :1]  # [U, 1, D]
         elif self.config.select == "patch" and self.cls is not None:

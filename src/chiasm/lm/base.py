@@ -31,6 +31,7 @@ class LM(nn.Module):
     vocab: int
     max_positions: int | None = None  # None: no limit
     extra = 0  # columns that a row takes in the cache beside its own: a learned prompt's
+    recompute = False  # training: each block's inner states are computed again on the way back, not kept
     encoder_decoder = False
     start_id: int | None = None  # encoder-decoder only: the id a decoder begins with
 

@@ -21,6 +21,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from chiasm.lm.base import LM, Cross, LMConfig
+from chiasm.nn.again import call
 from chiasm.nn.cache import KVCache
 from chiasm.nn.masks import Attend, causal
 from chiasm.nn.mlp import activation, gated
@@ -118,7 +119,7 @@ class Decoder(LM):
         for index, layer in enumerate(self.layers):
             if cross is not None and index in cross:
                 x = cross[index](x)
-            x = layer(x, turn, attend, cache, index)  # [B, T, D]
+            x = call(layer, self.recompute and cache is None, x, turn, attend, cache, index)  # [B, T, D]
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:

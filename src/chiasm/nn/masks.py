@@ -32,6 +32,7 @@ class Attend:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=grouped)
 
+    @torch.compiler.disable  # the lengths differ from batch to batch: compiled, each would be a program of its own
     def _in_runs(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of each piece of each row alone. Cut by ``split``, whose gradient is one concatenation."""
         inside = Attend(causal=True)

@@ -20,9 +20,14 @@ LONGEST = 768
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, T, Dh]`` → ``[B, H, T, Dh]``."""
     written = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] == k.shape[2] <= LONGEST
-    if written and not torch.compiler.is_compiling():
-        return _Written.apply(q, k, v, causal)  # type: ignore[no-any-return]
+    if written:
+        return _written(q, k, v, causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@torch.compiler.disable
+def _written(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return _Written.apply(q, k, v, causal)  # type: ignore[no-any-return]
 
 
 class _Written(torch.autograd.Function):

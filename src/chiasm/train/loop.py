@@ -25,7 +25,7 @@ from chiasm.data.mixture import Mixture
 from chiasm.data.quarantine import BadSamples, Skips
 from chiasm.data.randomness import forked
 from chiasm.errors import CheckpointError, ChiasmError, DataError
-from chiasm.train import checkpoint, optim
+from chiasm.train import checkpoint, optim, speed
 from chiasm.train.log import Bars, JsonLog, print_plan
 from chiasm.train.objectives.base import Objective
 from chiasm.train.plan import Plan, apply, prepare, resolve, set_modes
@@ -108,6 +108,7 @@ class StageRun:
         folder = self.stage.feature_cache
         self.features = FeatureCache(folder, self.model) if folder else None
         try:
+            speed.prepare(self.model, self.stage)
             with forked(self.seed):  # dropout may draw from the global generators; the caller's are left as they were
                 self.watch = Watch(self, resume, self.random)
                 start = self._restore() if resume else self._fresh()
@@ -115,6 +116,7 @@ class StageRun:
                 self._run(start)
         finally:
             self.masters.restore()
+            speed.settle(self.model)
             self.model.eval()
 
     def _run(self, start: int) -> None:
@@ -224,7 +226,8 @@ class StageRun:
 
 def _identity(stage: Stage) -> str:
     """What two runs must share so that one may go on with the other's checkpoint."""
-    free = {"workers", "feature_cache", "log_every", "eval_every", "save_every", "keep_last", "check_samples", "proof"}
+    free = {"workers", "recompute", "compile", "feature_cache", "log_every", "eval_every", "save_every", "keep_last"}
+    free |= {"check_samples", "proof"}
     return stage.model_copy(update={name: Stage.model_fields[name].default for name in free}).hash()
 
 

@@ -51,6 +51,8 @@ class Stage(Config):
     max_length: int | None = Field(default=None, gt=0)
     bucket: int = Field(default=0, ge=0)  # steps whose samples are sorted by length together; 0: none
     pack: bool = False  # samples of a micro-batch one after the other in one row, without padding
+    recompute: bool = False  # activation checkpointing: less memory, about a third more arithmetic
+    compile: bool = False  # torch.compile of every block: pays on long runs; needs a compiler on the machine
     workers: int = Field(default=0, ge=0)
     feature_cache: str | None = None  # a folder for the features of frozen encoders; None: encode each time
     log_every: int = Field(default=10, gt=0)

@@ -1,0 +1,51 @@
+"""What makes a stage fast or small without changing what it computes: activation checkpointing, compiled blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from chiasm.encoders.base import Encoder
+from chiasm.lm.base import LM
+from chiasm.train.recipe import Stage
+
+
+def prepare(model: nn.Module, stage: Stage) -> None:
+    """Give the model's parts the stage's ``recompute`` and compile its blocks where asked.
+
+    A block is an element of a list of like modules (``layers``, ``blocks``): one program serves all of a list.
+    """
+    for part in parts(model):
+        part.recompute = stage.recompute
+        inner: Any = getattr(part, "model", None)  # a model of transformers has its own way
+        if hasattr(inner, "gradient_checkpointing_enable"):
+            if stage.recompute:
+                inner.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                inner.gradient_checkpointing_disable()
+    if stage.compile:
+        for block in blocks(model):
+            block.compile(dynamic=True)
+
+
+def settle(model: nn.Module) -> None:
+    """The model as it was before ``prepare``."""
+    for part in parts(model):
+        part.recompute = False
+        inner: Any = getattr(part, "model", None)
+        if hasattr(inner, "gradient_checkpointing_disable"):
+            inner.gradient_checkpointing_disable()
+    for block in blocks(model):
+        block._compiled_call_impl = None  # what Module.compile sets
+
+
+def parts(model: nn.Module) -> list[Any]:
+    """The language model and the encoders."""
+    return [module for module in model.modules() if isinstance(module, (LM, Encoder))]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of the language model and the encoders."""
+    lists = (child for part in parts(model) for child in part.modules() if isinstance(child, nn.ModuleList))
+    return [block for found in lists if len({type(block) for block in found}) == 1 for block in found]
