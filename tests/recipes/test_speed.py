@@ -25,7 +25,7 @@ def gradients(vlm, data: Path, pack: bool = False, **settings) -> tuple[dict[str
     mixture = Mixture({"colors": Entry(source=source(data))})
     batch = renderer(vlm, pack=pack).batch([mixture[0, i] for i in range(4)])
     calls = []
-    hooks = [b.mlp.register_forward_hook(lambda *_: calls.append(1)) for b in speed.blocks(vlm.model)]
+    hooks = [b.mlp.register_forward_pre_hook(lambda *_: calls.append(1)) for b in speed.blocks(vlm.model)]
     speed.prepare(vlm.model, Stage(name="s", lr=1e-3, steps=1, **settings))
     try:
         vlm.model.train()
