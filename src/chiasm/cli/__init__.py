@@ -11,6 +11,7 @@ from chiasm import __version__
 VERBS = {
     "demo": "Train a small model on pictures, evaluate it, and write a report (the main job).",
     "train": "Train a model by a recipe.",
+    "plan": "What a recipe will train, and the memory it needs, before anything is loaded.",
     "check": "Look at every sample of a data set before training, on the CPU.",
     "eval": "Score a model on held-out examples, with true and with shuffled pictures.",
     "chat": "Talk to a model about pictures.",
@@ -19,6 +20,8 @@ VERBS = {
     "inspect": "Show a sample as the model sees it and walk it through the model.",
     "list": "Presets and parts by name.",
     "show": "What a preset or a saved model is made of.",
+    "diff": "What two models differ in: tensors by part, configuration, prompt and pixels.",
+    "merge": "Merge an adapter into its base, with the proof that nothing changed.",
     "export": "Write a model in the layout of transformers.",
     "env": "Versions, processors and memory of this machine.",
 }

@@ -49,6 +49,10 @@ class SoftPrompt(nn.Module):
         """The hook before a language model: ``x [B, T, D]``, ``positions``, ``segments`` ``[B, T]`` get the prompt."""
         x, positions, segments, *rest = inputs
         p = len(self.tokens)
+        if x.is_meta:  # shapes only: one conversation a row
+            self._places = torch.arange(p, p + x.shape[1], device=x.device).expand(positions.shape)
+            x = torch.cat((self.tokens.expand(len(x), -1, -1), x), dim=1)  # [B, P + T, D]
+            return (x, *(torch.empty(x.shape[:2], device=x.device, dtype=torch.long) for _ in range(2)), *rest), named
         starts = (segments != 0) & (positions == 0)  # [B, T]
         cached = named.get("cache") is not None or bool(rest and rest[0] is not None)
         if cached and x.shape[1] == 1 and not bool(starts.any()):  # a step of generation
