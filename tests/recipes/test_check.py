@@ -27,7 +27,7 @@ from chiasm.data.mixture import Entry, Mixture
 from chiasm.data.quarantine import Quarantine, Quarantined
 from chiasm.errors import ConfigError, DataError
 from chiasm.train import Recipe, train
-from chiasm.train.ways import ways
+from chiasm.train.ways import everything, ways
 
 QUIET = Console(file=io.StringIO())
 
@@ -129,7 +129,7 @@ def test_a_bad_sample_is_skipped_counted_and_capped(tmp_path):
     order = [i for _, i in Mixture(spec.data, spec.seed).order(0).tolist()]
     assert [r["step"] for r in skipped] == [1 + order.index(r["index"]) for r in skipped]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in log if not r["tokens"]] == [r["step"] for r in skipped]
+    assert [r["step"] for r in log if r.get("tokens") == 0] == [r["step"] for r in skipped]
     with pytest.raises(DataError, match=r"9 bad samples were skipped before, 9 may be"):
         train(spec.edit(**{"bad.cap": 9, "out": str(tmp_path / "capped")}), console=QUIET)
     assert recipe(tmp_path, **{"data.bad": "skip"}).bad.most(40_000) == 40  # the default: one in a thousand
@@ -248,6 +248,29 @@ def test_recipe_on_the_command_line(faulty, tmp_path):
     ran = CliRunner().invoke(main, words)
     assert ran.exit_code == 1 and "20 of 400 samples" in ran.output, ran.output
     assert (tmp_path / "check" / "check.html").is_file()
+
+
+def test_held_out_sources_are_looked_at_apart(tmp_path):
+    """A held-out source may have the name of a training source; a sample that is in both is told."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        Image.effect_noise((20, 20), 60).convert("RGB").save(tmp_path / "pictures" / f"{i}.png")
+    for name, numbers in (("train", range(4)), ("test", (4, 2, 5))):
+        turns = [(i, talk("<image>\nA?", f"red {i}")) for i in numbers]
+        rows = [{"id": f"{name}{i}", "image": f"{i}.png", "conversations": said} for i, said in turns]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "pictures" / "5.png").write_bytes(b"")
+    spec = recipe(tmp_path)
+    source = spec.dump()["data"]["colors"]["source"] | {"file": str(tmp_path / "test.jsonl")}
+    spec = spec.edit(held_out={"colors": {"source": source}})
+    summary = check_all(everything(spec), ways(spec), workers=0)
+    found = {(f.source, f.index): f.kind for f in summary.findings}
+    assert found == {("held_out/colors", 1): "leaked", ("held_out/colors", 2): "empty_picture"}
+    assert "number 2 of colors" in next(f.message for f in summary.findings if f.kind == "leaked")
+    file = summary.quarantine().write(tmp_path / "q.jsonl")
+    left = spec.edit(**{"data.quarantine": str(file)}).left_out()
+    assert len(Mixture(spec.data, quarantine=left)) == 4 and len(left) == 1
+    assert Mixture(spec.held_out, quarantine=left.held_out()).first() == [(0, 0), (0, 1)]
 
 
 def test_quarantine_of_other_data_is_refused(faulty, tmp_path):

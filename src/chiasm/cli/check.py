@@ -25,7 +25,7 @@ import click
 @click.option("--fresh", is_flag=True, help="Begin anew where an earlier check was killed.")
 @click.pass_context
 def command(ctx: click.Context, words: tuple[str, ...], **options: Any) -> None:
-    """Look at every sample of a RECIPE's training data, or of SOURCEs such as type=llava_json,file=a.json,images=dir.
+    """Look at every sample of a RECIPE's data, or of SOURCEs such as type=llava_json,file=a.json,images=dir.
 
     Counts, lengths, missing, broken, odd and repeated pictures, placeholders, empty answers, roles, ids. Writes a
     report (check.html), all findings (check.json) and, on demand, a quarantine file. A check that was killed goes on
@@ -82,14 +82,14 @@ def _subject(words: tuple[str, ...], options: dict[str, Any]) -> tuple[Any, Any,
     from chiasm.errors import ConfigError
     from chiasm.train import load_recipe
     from chiasm.train.recipe import ModelSpec
-    from chiasm.train.ways import open_processor, ways
+    from chiasm.train.ways import everything, open_processor, ways
 
     if "=" not in words[0]:
         if options["model"] or options["max_length"]:
             raise ConfigError("--model and --max-length belong to SOURCE; a recipe has its own: override its keys")
         recipe = load_recipe(Path(words[0]), parse_overrides(words[1:]), tiny=options["tiny"])
         return (
-            Mixture(recipe.data, recipe.seed),
+            everything(recipe),
             ways(recipe),
             recipe.name,
             options["out"] or Path(recipe.out) / "check",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from chiasm.config import Config
 from chiasm.data.base import Source
 from chiasm.errors import ConfigError, DataError, nearest
 
+HELD_OUT = "held_out/"  # before the name of a held-out source, which may be that of a training source too
 KEYS = ("source", "index", "id", "reason", "message", "step")
 
 
@@ -74,6 +75,16 @@ class Quarantine:
         for name in self.entries:
             if name not in names:
                 raise ConfigError(f"quarantine file {self.path}: unknown data source {name!r}; {nearest(name, names)}")
+
+    def held_out(self) -> Quarantine:
+        """The samples of held-out sources, whose names in the file begin with ``held_out/``, by their own names."""
+        rows = [
+            replace(row, source=name[len(HELD_OUT) :])
+            for name in self.entries
+            for row in self.entries[name].values()
+            if name.startswith(HELD_OUT)
+        ]
+        return Quarantine(rows, self.path)
 
     def of(self, name: str, source: Source) -> frozenset[int]:
         """The numbers that a source leaves out. Raises DataError where the file belongs to other data."""

@@ -29,7 +29,8 @@ def evaluate_recipe(vlm: Any, recipe: Any, out: Any, console: Console | None = N
     if not recipe.held_out:
         raise ConfigError("the recipe has 0 held-out sources; name some under 'held_out'")
     spec = type(recipe.eval).parse(recipe.eval.dump() | {k: v for k, v in changes.items() if v is not None})
-    examples, metrics = held_out(recipe.held_out, spec.limit, recipe.left_out())
+    out_of_use = recipe.left_out()
+    examples, metrics = held_out(recipe.held_out, spec.limit, out_of_use and out_of_use.held_out())
     runs = 2 if spec.shuffled else 1
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"held-out answers ({len(examples)} examples)", total=runs * len(examples))

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from chiasm.config import Config, load_yaml, override
 from chiasm.data.mixture import Entry, HeldOut
-from chiasm.data.quarantine import BadPolicy, BadSamples, Quarantine
+from chiasm.data.quarantine import HELD_OUT, BadPolicy, BadSamples, Quarantine
 from chiasm.errors import ConfigError, nearest
 from chiasm.train.plan import PLANS, Action, check_action
 
@@ -129,7 +129,7 @@ class Recipe(Config):
         if self.quarantine is None:
             return None
         found = Quarantine.read(self.quarantine)
-        found.known([*self.data, *self.held_out])
+        found.known([*self.data, *(HELD_OUT + name for name in self.held_out)])
         return found
 
     @field_validator("stages")

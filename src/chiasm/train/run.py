@@ -52,7 +52,7 @@ class Run:
             registry.get("objective", stage.objective)
         out = recipe.left_out()
         self.mixture = Mixture(recipe.data, recipe.seed, out)
-        self.held_out = Mixture(recipe.held_out, recipe.seed, out) if recipe.held_out else None
+        self.held_out = Mixture(recipe.held_out, recipe.seed, out and out.held_out()) if recipe.held_out else None
         for entry in recipe.held_out.values():
             registry.get("metric", entry.metric)
         self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, best_device(recipe.device))

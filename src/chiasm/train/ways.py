@@ -8,6 +8,8 @@ from typing import Any, cast
 from chiasm.checkpoints.hub import local_folder
 from chiasm.convert.io import read_json
 from chiasm.data.check import Way
+from chiasm.data.mixture import Mixture
+from chiasm.data.quarantine import HELD_OUT
 from chiasm.errors import ConfigError
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
@@ -28,14 +30,24 @@ def open_processor(spec: ModelSpec) -> Processor:
 
 
 def ways(recipe: Recipe, processor: Any = None) -> dict[str, Way]:
-    """By source: its strictest rendering, that is the smallest ``max_length`` of the stages that use it."""
+    """By source: its strictest rendering, that is the smallest ``max_length`` of the stages that use it.
+
+    Held-out sources, which evaluation does not cut, are named as in a quarantine file.
+    """
     processor = processor or open_processor(recipe.model)
     found: dict[str, Way] = {}
     for name in recipe.data:
         stages = [stage for stage in recipe.stages if stage.data is None or name in stage.data] or [recipe.stages[0]]
         stage = min(stages, key=lambda s: s.max_length or 10**9)
         found[name] = Way(staged(processor, stage), stage.max_length or processor.config.max_length)
-    return found
+    held_out = {HELD_OUT + name: Way(processor, processor.config.max_length) for name in recipe.held_out}
+    return found | held_out
+
+
+def everything(recipe: Recipe) -> Mixture:
+    """The training and the held-out sources of a recipe, those in quarantine included."""
+    held_out = {HELD_OUT + name: entry for name, entry in recipe.held_out.items()}
+    return Mixture({**recipe.data, **held_out}, recipe.seed)
 
 
 def staged(processor: Any, stage: Stage) -> Any:

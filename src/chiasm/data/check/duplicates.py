@@ -11,6 +11,7 @@ import numpy as np
 
 from chiasm.data.check.kinds import Finding
 from chiasm.data.mixture import Mixture
+from chiasm.data.quarantine import HELD_OUT
 from chiasm.data.shuffle import media_of
 from chiasm.errors import DataError
 from chiasm.types import Image
@@ -24,7 +25,28 @@ def twice(mixture: Mixture, rows: list[np.ndarray], pictures: list[np.ndarray]) 
                 id, before = mixture[source, index].id, mixture[source, first].id
                 told = "has the id of" if kind == "duplicate_id" else f"says and shows the same as sample {before!r},"
                 yield Finding(name, index, id, kind, f"sample {id!r}, number {index}: {told} number {first}")
+    yield from _leaks(mixture, rows)
     yield from _pictures(mixture, pictures)
+
+
+def _leaks(mixture: Mixture, rows: list[np.ndarray]) -> Iterator[Finding]:
+    """Held-out samples that say and show what a training sample does: their scores are worth nothing."""
+    trained = [n for n, name in enumerate(mixture.names) if not name.startswith(HELD_OUT)]
+    contents = np.concatenate([np.zeros(1, "u8"), *(rows[n]["content"] for n in trained)])[1:]
+    owners = np.repeat(trained, [len(rows[n]) for n in trained])
+    order = np.argsort(contents, kind="stable")
+    for source, name in enumerate(mixture.names):
+        if source in trained or not len(contents):
+            continue
+        mine = rows[source]["content"]
+        at = np.minimum(np.searchsorted(contents[order], mine), len(contents) - 1)
+        for index in np.flatnonzero((contents[order][at] == mine) & (mine != 0)).tolist():
+            where = int(order[at[index]])
+            owner = int(owners[where])
+            number = where - sum(len(rows[n]) for n in trained if n < owner)
+            id = mixture[source, index].id
+            told = f"sample {id!r} of {name}: says and shows the same as number {number} of {mixture.names[owner]}"
+            yield Finding(name, index, id, "leaked", told)
 
 
 def _repeats(values: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from chiasm.config import Config
-from chiasm.data.base import Example, id_of
+from chiasm.data.base import Example, id_of, with_answer
 from chiasm.data.check.kinds import KINDS, Finding
 from chiasm.data.loader import Renderer
 from chiasm.data.mixture import Mixture
@@ -198,8 +198,9 @@ def _said(error: Exception) -> tuple[str, str]:
 
 def _content(example: Example, pictures: list[Any]) -> int:
     """A hash of what is said and shown: two samples that share it are the same."""
-    said = [(m.role, m.train, [p for p in m.parts if not isinstance(p, Image)]) for m in example.messages]
-    bare = repr((said, example.answers, [p[3] for p in pictures]))
+    messages = with_answer(example).messages if example.answers else example.messages
+    said = [(m.role, m.train, [p for p in m.parts if not isinstance(p, Image)]) for m in messages]
+    bare = repr((said, [p[3] for p in pictures]))  # not its accepted answers: one of them is the last turn
     return _hash(bare.encode())
 
 

@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "odd_picture": Kind("tiny or very long picture", "look at it: it is often an icon or a separator", fault=False),
     "duplicate_picture": Kind("the same picture under another name", "keep one of them", fault=False),
     "duplicate_id": Kind("id used before in its source", "give every sample its own id", fault=False),
+    "leaked": Kind("held-out sample that is trained on", "take it out of the training data", fault=False),
     "duplicate_sample": Kind("the same sample again", "keep one of them", fault=False),
 }
 
