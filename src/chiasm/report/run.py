@@ -32,6 +32,7 @@ class StageReport:
     settings: dict[str, Any]
     plan: list[dict[str, Any]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
+    proof: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, settings: dict[str, Any]) -> StageReport:
@@ -39,7 +40,8 @@ class StageReport:
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         plan = folder / "plan.json"
         rows = json.loads(plan.read_text()) if plan.is_file() else []
-        return cls(folder.name, settings, rows, [json.loads(line) for line in lines])
+        proof = json.loads((folder / "proof.json").read_text()) if (folder / "proof.json").is_file() else {}
+        return cls(folder.name, settings, rows, [json.loads(line) for line in lines], proof)
 
     @property
     def steps(self) -> int:
@@ -59,6 +61,12 @@ class StageReport:
     def last(self, key: str) -> float | None:
         """The newest value of a key of the log."""
         return next((r[key] for r in reversed(self.log) if key in r), None)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The newest reading of the image-use meter: ``told`` and ``blind``; empty where there is none."""
+        found = next((r for r in reversed(self.log) if "image_use/verdict" in r), None)
+        return {"told": found["image_use/told"], "blind": found["image_use/verdict"] == "blind"} if found else {}
 
     def by_source(self) -> list[tuple[str, float]]:
         """The newest training loss of each data source."""

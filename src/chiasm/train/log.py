@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from chiasm.train.plan import Plan
+from chiasm.train.usage import told
 
 
 class JsonLog:
@@ -96,6 +97,7 @@ class Bars:
     def update(self, step: int, record: dict[str, Any]) -> None:
         """Show loss, rate and speed after ``step`` steps."""
         note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['samples_per_s']:.0f} samples/s"
+        note += "  " + told(record)
         self.progress.update(self.task, note=note)
         if not self.console.is_terminal and (step - self.printed >= self.every or step == self.total):
             self.printed = step

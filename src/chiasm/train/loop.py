@@ -26,10 +26,13 @@ from chiasm.data.quarantine import BadSamples, Skips
 from chiasm.data.randomness import forked
 from chiasm.errors import CheckpointError, ChiasmError, DataError
 from chiasm.train import checkpoint, optim, speed
+from chiasm.train.distributed import ALONE, Alone
 from chiasm.train.log import Bars, JsonLog, print_plan
 from chiasm.train.objectives.base import Objective
 from chiasm.train.plan import Plan, apply, prepare, resolve, set_modes
 from chiasm.train.recipe import Stage
+from chiasm.train.sinks import Log, OpenSinks
+from chiasm.train.usage import Usage
 from chiasm.train.watch import Watch
 from chiasm.types import Batch
 
@@ -86,21 +89,26 @@ class StageRun:
         seed: int = 0,
         bad: BadSamples | None = None,
         random: Collection[str] = (),
+        sinks: OpenSinks = lambda start: (),
+        ranks: Alone = ALONE,
     ):
         self.model, self.renderer, self.stage, self.out, self.probe = model, renderer, stage, out, probe
-        self.console = console or Console()
-        self.seed, self.bad, self.random = seed, bad or BadSamples(), random
+        self.console, self.ranks = console or Console(), ranks
+        self.seed, self.bad, self.random, self.sinks = seed, bad or BadSamples(), random, sinks
         self.objective: Objective = registry.get("objective", stage.objective)
         self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
         self.steps = stage.total_steps(self.batches.steps_per_epoch)
         self.plan: Plan = resolve(model, stage.table(), stage.lr)
-        self.low = torch.bfloat16 if stage.dtype == "bf16" else None
+        self.low = torch.bfloat16 if stage.dtype == "bf16" and not ranks.sharded else None  # pieces are masters
+        self.log, self.usage = Log(), Usage()
 
     def fit(self, resume: bool = False) -> None:
         """Run the stage from its first step, or from its newest checkpoint."""
         prepare(self.model, self.stage.table(), self.seed)
         apply(self.model, self.plan)
         mark = checkpoint.digest(self.model, self.plan.rates)
+        self.ranks.alike("the weights", checkpoint.digest(self.model, dict.fromkeys(self.plan.rates)))
+        ordinary, self.model = self.model, self.ranks.place(self.model, self.stage.dtype)
         self.masters = optim.Masters(self.model, self.plan, self.low)
         self.optimizer = optim.adamw(self.masters, self.plan, self.stage.weight_decay, self.stage.betas)
         self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
@@ -109,29 +117,40 @@ class StageRun:
         self.features = FeatureCache(folder, self.model) if folder else None
         try:
             speed.prepare(self.model, self.stage)
-            with forked(self.seed):  # dropout may draw from the global generators; the caller's are left as they were
+            # Dropout may draw from the global generators, on each rank another; the caller's are left as they were.
+            with forked(*self.ranks.seeds(self.seed)):
                 self.watch = Watch(self, resume, self.random)
                 start = self._restore() if resume else self._fresh()
-                self.log = JsonLog(self.out / "log.jsonl", resume_at=start if resume else None)
+                if self.ranks.first:
+                    self.log = Log(JsonLog(self.out / "log.jsonl", start if resume else None), *self.sinks(start))
                 self._run(start)
         finally:
+            self.log.close()
             self.masters.restore()
             speed.settle(self.model)
             self.model.eval()
+        self.model = self.ranks.whole(ordinary).eval()
 
     def _run(self, start: int) -> None:
         most = self.bad.most(len(self.batches.mixture))
-        skips = Skips(self.out / "skipped.jsonl", most, start if start else None)
+        name = "skipped.jsonl" if self.ranks.first else f".skipped.{self.ranks.rank}.jsonl"
+        skips = Skips(self.out / name, most, start if start else None)
         renderer = self.features.renderer(self.renderer) if self.features else self.renderer
-        stream = load(self.batches, renderer, start, self.steps, self.stage.workers, skips)
+        made = load(
+            *(self.batches, renderer, start, self.steps, self.stage.workers),
+            skips=self.ranks.skips(skips),
+            share=self.ranks.share,
+        )
         since, clock = Tally(), time.perf_counter()
         with Bars(self.console, self.stage.name, self.steps, start) as bars:
             step_tally = Tally()
-            for spec, batch in stream:
+            for spec, batch, kinds in self.ranks.stream(made):
+                self.watch.proof.saw(kinds)
                 if batch is not None:
                     step_tally.add(self.backward(batch, spec))
                 if spec.part + 1 < spec.parts:
                     continue
+                step_tally = self.ranks.joined(step_tally)
                 # A step whose samples were all skipped changes nothing.
                 norm, share = self.update(spec.step, step_tally) if step_tally.ids else (0.0, 0.0)
                 since.add(step_tally)
@@ -149,8 +168,9 @@ class StageRun:
 
     def backward(self, batch: Batch, spec: Spec) -> Tally:
         """Gradients of one micro-batch's loss sum, added to those that are there. Raises NotFinite."""
-        self.watch.batch(batch, spec)
-        batch = batch.to(self.model.device, dtype=self.model.dtype)
+        if any(batch.ids):
+            self.watch.batch(batch, spec)
+        batch = batch.to(self.model.device, dtype=self.ranks.input_dtype(self.model))
         if self.features:
             batch = self.features.fill(batch)
         loss = self.objective(self.model, batch)
@@ -160,13 +180,16 @@ class StageRun:
         if loss.total.requires_grad:
             loss.total.backward()
             self.masters.collect()
+        if not any(batch.ids):  # padding, so that this rank keeps in step
+            return Tally()
         return Tally(total, loss.weight, len(batch.ids), batch.input_ids.numel(), dict(loss.parts), list(batch.ids))
 
     def update(self, step: int, tally: Tally) -> tuple[float, float]:
         """One optimizer step from the summed gradients. Returns the gradient norm and the schedule's share."""
         if tally.weight == 0:
             raise DataError(f"step {step + 1}: 0 target tokens in {len(tally.ids)} samples: {_some(tally.ids)}")
-        norm = optim.scale_and_clip(self.masters.gradients(), tally.weight, self.stage.max_grad_norm)
+        gradients = self.ranks.reduce(self.masters)
+        norm = optim.scale_and_clip(gradients, tally.weight, self.stage.max_grad_norm, self.ranks.norm(self.masters))
         if not math.isfinite(norm):
             raise NotFinite(self._not_finite(step, f"the gradient norm is {norm}", tally.ids))
         share = optim.factor(step, self.steps, self.stage.warmup_ratio, self.stage.schedule)
@@ -183,7 +206,7 @@ class StageRun:
         record = {"step": done, "epoch": spec.epoch, **tally.means()}
         record |= {"lr": self.stage.lr * share, "grad_norm": norm, "tokens": int(tally.weight)}
         record |= {"samples_per_s": tally.samples / seconds, "positions_per_s": tally.positions / seconds}
-        record |= {"seconds_per_step": seconds / steps}
+        record |= {"seconds_per_step": seconds / steps, **self.usage.read()}
         self.log.write(record)
         return record
 
@@ -200,11 +223,13 @@ class StageRun:
             set_modes(self.model)
         if self.stage.save_every and done % self.stage.save_every == 0 and done < self.steps:
             state = self.agree | {"held_out": record.get("held_out/loss")}
-            checkpoint.save(self.out / "checkpoints", done, self.masters, self.optimizer, state, self.stage.keep_last)
+            folder, keep = self.out / "checkpoints", self.stage.keep_last
+            checkpoint.save(folder, done, self.masters, self.optimizer, state, keep, self.ranks)
         return time.perf_counter() - begun
 
     def _fresh(self) -> int:
-        checkpoint.clean(self.out / "checkpoints")
+        if self.ranks.first:
+            checkpoint.clean(self.out / "checkpoints")
         if checkpoint.checkpoints(self.out / "checkpoints"):
             raise CheckpointError(
                 f"{self.out}: holds checkpoints of an earlier run; resume it, or give another 'out' folder"
@@ -212,12 +237,13 @@ class StageRun:
         return 0
 
     def _restore(self) -> int:
-        checkpoint.clean(self.out / "checkpoints")
+        if self.ranks.first:
+            checkpoint.clean(self.out / "checkpoints")
         found = checkpoint.checkpoints(self.out / "checkpoints")
-        return checkpoint.restore(found[-1], self.masters, self.optimizer, self.agree) if found else 0
+        return checkpoint.restore(found[-1], self.masters, self.optimizer, self.agree, self.ranks) if found else 0
 
     def _not_finite(self, step: int, what: str, ids: list[str], batch: Batch | None = None) -> str:
-        why = self.watch.why(step, batch)
+        why = "the first bad module is sought by one rank alone" if self.ranks.sharded else self.watch.why(step, batch)
         return (
             f"stage {self.stage.name!r}, step {step + 1}: {what}; samples: {_some(ids)}; {why}. "
             "Look at these samples, lower the learning rate, or use float32"

@@ -44,7 +44,7 @@ class Probe:
         self.reading = self.meter()
         if self.reading is not None:
             found |= {} if self.seen else {"held_out/loss_shuffled": self.reading.shuffled}
-            found |= self.reading.record()
+            found |= self.reading.record() | {"image_use/told": self.told()}
         return found
 
     def told(self) -> str:

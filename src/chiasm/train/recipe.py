@@ -13,6 +13,7 @@ from chiasm.data.mixture import Entry, HeldOut
 from chiasm.data.quarantine import HELD_OUT, BadPolicy, BadSamples, Quarantine
 from chiasm.errors import ConfigError, nearest
 from chiasm.train.plan import PLANS, Action, check_action
+from chiasm.train.sinks import LogSpec
 
 
 class ModelSpec(Config):
@@ -110,6 +111,7 @@ class Recipe(Config):
     stages: tuple[Stage, ...] = Field(min_length=1)
     eval: EvalSpec = EvalSpec()
     seed: int = 0
+    log: LogSpec = LogSpec()  # where the log goes beside log.jsonl
     device: str = "auto"  # auto: the first of cuda, cpu that is there
     out: str = "runs/run"
     tiny: dict[str, Any] = Field(default_factory=dict)  # dotted overrides that make the recipe's tiny form

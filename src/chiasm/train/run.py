@@ -18,12 +18,14 @@ from chiasm.data.mixture import Mixture
 from chiasm.errors import DataError
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
+from chiasm.train.live import LivePage
 from chiasm.train.loop import StageRun
 from chiasm.train.methods.settle import settle
 from chiasm.train.model import best_device, open_model, random_parts, trained_parts
 from chiasm.train.plan import resolve
 from chiasm.train.probe import Probe
 from chiasm.train.recipe import Recipe, Stage
+from chiasm.train.sinks import Sink, open_sinks
 
 
 def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Console | None = None) -> Any:
@@ -35,10 +37,15 @@ def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Consol
     """
     console = console or Console()
     run = Run(recipe, vlm, console)
-    run.prepare()
-    for stage in recipe.stages:
-        run.stage(stage, resume)
-    run.evaluate()
+    try:
+        run.prepare()
+        for stage in recipe.stages:
+            run.stage(stage, resume)
+        run.evaluate()
+    except BaseException as error:
+        run.show("stopped", str(error) or type(error).__name__)
+        raise
+    run.show("finished")
     return run.vlm
 
 
@@ -48,6 +55,8 @@ class Run:
     def __init__(self, recipe: Recipe, vlm: Any, console: Console):
         self.recipe, self.console = recipe, console
         self.out = Path(recipe.out)
+        self.page: LivePage | None = None
+        recipe.log.check()
         for stage in recipe.stages:
             registry.get("objective", stage.objective)
         out = recipe.left_out()
@@ -61,10 +70,11 @@ class Run:
 
     def prepare(self) -> None:
         """Every stage's plan and steps, and the samples of every stage's sources, looked at before the first step."""
+        steps: list[int] = []
         for stage in self.recipe.stages:
             resolve(self.vlm.model, stage.table(), stage.lr)
             mixture = self.mixture.only(stage.data)
-            stage.total_steps(BatchPlan(mixture, stage.batch_size, stage.accumulate).steps_per_epoch)
+            steps.append(stage.total_steps(BatchPlan(mixture, stage.batch_size, stage.accumulate).steps_per_epoch))
             with self.console.status(f"looking at the samples of stage {stage.name}"):
                 found = check(mixture, self._renderer(stage), stage.check_samples, bad=self.recipe.bad)
             self.console.print(_told(stage, found), highlight=False)
@@ -75,6 +85,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True)
         (self.out / "recipe.yaml").write_text(text, encoding="utf-8")
+        if (seconds := self.recipe.log.seconds) is not None:
+            stages = [(s.name, n, s.dump()) for s, n in zip(self.recipe.stages, steps, strict=True)]
+            self.page = LivePage(self.out, self.recipe.name, stages, seconds)
+            self.console.print(f"Live page: {self.page.show('running')}", highlight=False, soft_wrap=True)
 
     def stage(self, stage: Stage, resume: bool) -> None:
         """Run a stage, or load its result where it was finished before."""
@@ -97,6 +111,7 @@ class Run:
             seed=self.recipe.seed,
             bad=self.recipe.bad,
             random=self.random,
+            sinks=lambda start: self._sinks(stage, folder, start),
         )
         run.fit(resume)
         self.random -= trained_parts(run.plan)
@@ -117,6 +132,15 @@ class Run:
             folder / "checkpoints", ignore_errors=True
         )  # the stage can no longer be resumed, only its model used
         self.console.print(f"Stage {stage.name} done: model in {model}", highlight=False)
+
+    def show(self, state: str, why: str = "") -> None:
+        """Write the live page, where there is one."""
+        if self.page is not None:
+            self.page.show(state, why)
+
+    def _sinks(self, stage: Stage, folder: Path, start: int) -> list[Sink]:
+        found = open_sinks(self.recipe.log, self.recipe.name, stage.name, folder, stage.dump(), start)
+        return [*found, self.page] if self.page is not None else found
 
     def evaluate(self) -> None:
         """The held-out evaluation of the last model, and the report of the run."""
