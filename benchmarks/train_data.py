@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,12 @@ TEMPLATE = (
     "{% if c['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = (
+WORDS = re.findall(
+    r"\w+",
     "the a red green small large dog cat tree street table with on under near two three people sign window and "
     "sky water boat plate fruit left right behind stands lies holds walks old new bright dark picture shows "
-    "because number letter answer which colour how many what is in this image describe please short detail"
-).split()
+    "because number letter answer which colour how many what is in this image describe please short detail",
+)
 
 
 def write_model(folder: Path, shape: str, seed: int = 0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 import time
@@ -72,7 +73,7 @@ class Clock:
 
     def times(self) -> dict[str, list[float]]:
         """Seconds of each step, from the end of the one before."""
-        wall, processor = ([b - a for a, b in zip(t, t[1:], strict=False)] for t in (self.wall, self.processor))
+        wall, processor = ([b - a for a, b in itertools.pairwise(t)] for t in (self.wall, self.processor))
         return {"seconds": wall, "cpu_seconds": processor}
 
 
@@ -89,7 +90,7 @@ def mixture(setting: dict[str, Any]) -> Any:
 
     folder = Path(setting["data"])
     source = {"type": "llava_json", "file": str(folder / "data.json"), "images": str(folder)}
-    return Mixture({"data": Entry(source=source)})
+    return Mixture({"data": Entry(source=source, limit=setting["limit"])})
 
 
 def rendered(setting: dict[str, Any]) -> list[dict[str, Any]]:
