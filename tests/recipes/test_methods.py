@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import renderer, source, tiny_vlm, write_mixed, write_pictures
+from tiny_run import model_config, renderer, source, tiny_vlm, tokenizer_folder, write_mixed, write_pictures
 
+from chiasm.compose import installed
 from chiasm.data.mixture import Entry, Mixture
 from chiasm.errors import CheckpointError, ChiasmError, ConfigError
 from chiasm.infer.engine import generate
@@ -24,7 +25,7 @@ from chiasm.train.methods.table import parse_method
 from chiasm.train.objectives.next_token import next_token
 from chiasm.train.plan import apply, prepare, resolve
 from chiasm.train.recipe import Stage
-from chiasm.vlm import load
+from chiasm.vlm import build, load
 
 METHODS = {
     "lora": "lora(r=2, alpha=4)",
@@ -109,6 +110,17 @@ def test_begins_as_it_was(tmp_path: Path, name: str):
     before = probe_logits(vlm)
     prepare(vlm.model, {"*": "freeze", "lm": METHODS[name], "encoders": METHODS[name]})
     assert apart(before, probe_logits(vlm)) == 0
+
+
+def test_nothing_is_put_where_nothing_runs(tmp_path: Path):
+    """Blocks behind the layer that is read get no gradient, so no method either."""
+    for action, count in (("lora", 6), ("adapter", 2), ("prefix", 1)):
+        config = model_config()
+        config["model"]["encoders"]["image"] |= {"layer": -2, "post_norm": "unused"}
+        vlm = build(config, tokenizer=tokenizer_folder(tmp_path / "t"))
+        prepare(vlm.model, {"*": "freeze", "encoders": action})
+        changed = [name for _, names in installed(vlm.model) for name in names]
+        assert len(changed) == count and all(".blocks.0." in name for name in changed)
 
 
 def test_prefix_against_formula(tmp_path: Path):

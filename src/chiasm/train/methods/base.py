@@ -99,6 +99,16 @@ def whole(model: nn.Module, name: str, parameters: set[str]) -> bool:
     return bool(below) and all(full in parameters for full in below)
 
 
+def idle(model: nn.Module) -> set[str]:
+    """Parameters that no forward pass reads, as blocks behind the layer that a tower is read at: no place for methods."""
+    found = set()
+    for name, module in model.named_modules():
+        unused = getattr(module, "unused", None)
+        if callable(unused):
+            found |= {f"{name}.{own}" for own in unused()}
+    return found
+
+
 def narrow(found: Sequence[str], targets: Sequence[str] | None, label: str) -> list[str]:
     """Of the modules ``found`` those whose name ends in a target. Raises ConfigError for a target that none ends in."""
     if targets is None:

@@ -13,7 +13,7 @@ from torch import nn
 from chiasm import registry
 from chiasm.config import read_scalar
 from chiasm.errors import ConfigError
-from chiasm.train.methods.base import Method, MethodConfig, carrier, installed, target_of
+from chiasm.train.methods.base import Method, MethodConfig, carrier, idle, installed, target_of
 
 WRITTEN = re.compile(r"\s*([\w.:]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
@@ -48,6 +48,7 @@ def install(model: nn.Module, chosen: Mapping[str, MethodConfig], seed: int = 0)
     method already is left alone. Raises ConfigError.
     """
     wanted: dict[MethodConfig, set[str]] = {}
+    skipped = idle(model)
     for name, config in chosen.items():
         wanted.setdefault(config, set()).add(name)
     new = []
@@ -56,7 +57,7 @@ def install(model: nn.Module, chosen: Mapping[str, MethodConfig], seed: int = 0)
         for config, parameters in wanted.items():
             method = make(config)
             there = set(carried(model, config))
-            for name in method.find(model, parameters) if not there else []:
+            for name in method.find(model, parameters - skipped) if not there else []:
                 other = carrier(model, name)
                 if other is not None:
                     raise ConfigError(
