@@ -125,6 +125,24 @@ def test_parameters_are_those_of_transformers(name):
         assert sum(parameter.numel() for parameter in wider.parameters()) == number
 
 
+BLIP2 = [name for name in NAMES if name.startswith("blip2-")]
+
+
+@pytest.mark.parametrize("name", BLIP2)
+def test_parameters_of_blip2_are_those_of_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    record = record_of(name)
+    text_config = record.config().model.lm.config
+    config = transformers.Blip2Config(vision_config={}, qformer_config={}, text_config=text_config)
+    with torch.device("meta"):
+        model = transformers.Blip2ForConditionalGeneration(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if text_config["model_type"] == "t5":  # Flan-T5 has its own head; transformers 5 gives it when it loads one
+        assert model.language_model.lm_head.weight is model.language_model.shared.weight
+        count += text_config["vocab_size"] * text_config["d_model"]
+    assert count == record.parameters
+
+
 @pytest.mark.parametrize(("name", "lm"), [("llava-1-7b", VICUNA_7B), ("llava-1-13b", VICUNA_13B)])
 def test_parameters_of_a_linear_connector(name, lm):
     """transformers has no class with a linear connector: the sum of its tower, its language model and one matrix."""
@@ -141,7 +159,7 @@ def test_parameters_of_a_linear_connector(name, lm):
 
 
 def test_every_preset_was_compared():
-    assert set(NAMES) == {*PUBLISHED, "llava-1-7b", "llava-1-13b"}
+    assert set(NAMES) == {*PUBLISHED, *BLIP2, "llava-1-7b", "llava-1-13b"}
 
 
 CONNECTORS = {
@@ -206,8 +224,11 @@ def test_hd_tokens_by_the_formula():
 def test_longest_picture_fits_the_language_model(name):
     config = preset(name)
     longest = max(count_tokens(config, kind, (960, 1160)) for kind in config.processing.media)
-    scaling = config.model.lm.rope_scaling
-    reach = config.model.lm.max_positions * (scaling.factor if scaling else 1)
+    lm = config.model.lm
+    if lm.type == "hf":  # T5's positions are relative
+        reach = lm.config.get("max_position_embeddings", float("inf"))
+    else:
+        reach = lm.max_positions * (lm.rope_scaling.factor if lm.rope_scaling else 1)
     assert longest < config.processing.max_length <= reach
 
 
@@ -224,6 +245,8 @@ TEMPLATE_OF = {
     "llava-next-video-7b": "vicuna_v1",
     "llava-next-interleave-7b": "qwen_1_5",
     "llava-onevision-72b": "qwen_1_5",
+    "blip2-opt-6.7b": "blip2_opt",
+    "blip2-flan-t5-xxl": "blip2_t5",
 }
 
 
@@ -238,7 +261,11 @@ def test_conventions_are_the_authors(name):
     image, tower = config.processing.media["image"], config.model.encoders["image"]
     assert image.size == tower.image_size
     assert image.background == ((127, 127, 127) if image.mean[0] == 0.5 else (122, 116, 104))
-    assert (tower.layer, tower.post_norm) == ((-1, "unused") if tower.depth == 26 else (-2, "unused"))
+    read = (tower.layer, tower.post_norm, tower.select)
+    if tower.depth == 39:
+        assert read == (-1, "applied", "cls_patch") and image.fit == "squash"
+    else:
+        assert read == ((-1, "unused", "patch") if tower.depth == 26 else (-2, "unused", "patch"))
     if image.tiling:
         assert image.tiling.axes == "wh" and config.model.media["image"].merge.rounding == "trunc"
 
@@ -269,7 +296,8 @@ def test_records_are_complete(name):
     assert config.provenance.preset == name and config.provenance.licences and config.provenance.paper == record.paper
     assert VLMConfig.parse(json.loads(json.dumps(config.dump()))).hash() == config.hash()
     assert record.system.arxiv is None or f"arXiv:{record.system.arxiv}" in record.paper
-    assert len(record.stages) >= 2 and record.stages[0].lr == (2e-3 if record.family == "LLaVA-1" else 1e-3)
+    first = {"LLaVA-1": 2e-3, "BLIP-2": 1e-4}.get(record.family, 1e-3)
+    assert len(record.stages) >= 2 and record.stages[0].lr == first
     built = [n for n, _ in build_model(preset(name, tiny=True).model, device="meta").named_parameters()]
     for stage in record.stages:
         assert stage.template in TEMPLATES or " " in stage.template
@@ -280,7 +308,7 @@ def test_records_are_complete(name):
 
 def test_presets_differ_from_each_other():
     hashes = {record.function().hash() for record in presets()}
-    assert len(hashes) == len(NAMES) == 17
+    assert len(hashes) == len(NAMES) == 21
 
 
 def test_unknown_preset_says_which_are_near():
@@ -319,6 +347,22 @@ MAY_DIFFER = (
     "model.encoders.*.heads",
     "model.encoders.*.mlp",
     "model.encoders.*.patch",
+    "model.connectors.image.queries",
+    "model.connectors.image.dim",
+    "model.connectors.image.depth",
+    "model.connectors.image.heads",
+    "model.connectors.image.mlp",
+    "model.connectors.image.text.vocab",
+    "model.lm.config.vocab_size",
+    "model.lm.config.hidden_size",
+    "model.lm.config.word_embed_proj_dim",
+    "model.lm.config.ffn_dim",
+    "model.lm.config.num_hidden_layers",
+    "model.lm.config.num_attention_heads",
+    "model.lm.config.max_position_embeddings",
+    "model.lm.config.d_*",
+    "model.lm.config.num_layers",
+    "model.lm.config.num_heads",
     "model.lm.vocab",
     "model.lm.dim",
     "model.lm.depth",
@@ -408,6 +452,8 @@ def test_every_parameter_of_a_tiny_form_learns(name, tokenizer, rng):
     output = model(batch, logits="labels")
     torch.nn.functional.cross_entropy(output.logits, output.targets).backward()
     idle = {f"encoders.image.{n}" for n in model.encoders["image"].unused()}
+    connector = model.connectors["image"]
+    idle |= {f"connectors.image.{n}" for n in connector.unused()} if hasattr(connector, "unused") else set()
     silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert silent == idle
 

@@ -99,8 +99,22 @@ def test_mmtag_and_plain(tokenizers: dict) -> None:
     assert plain.prompt(messages, add_generation_prompt=False) == "<image>A1\n"
 
 
+BLIP = {
+    "blip2_opt": "<image><s>Question: what? Short answer:A1\n",
+    "blip2_t5": "<image>Question: what? Short answer:A1</s>",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), BLIP.items())
+def test_blip_prompts(name: str, expected: str, tokenizers: dict) -> None:
+    """The prompt is the user's own; the picture stands first of all."""
+    question = Message("user", (Text("Question: what? Short answer:"), Dot(1)))
+    messages = [question, Message("assistant", (Text("A1"),))]
+    assert processor(name, tokenizers["llama"]).prompt(messages, add_generation_prompt=False) == expected
+
+
 def test_every_template_is_covered() -> None:
-    assert TEMPLATES.keys() - STRINGS.keys() == {"v0_mmtag", "v1_mmtag", "plain", "simple", "bare"}
+    assert TEMPLATES.keys() - STRINGS.keys() == {*BLIP, "v0_mmtag", "v1_mmtag", "plain", "simple", "bare"}
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -113,7 +127,8 @@ def test_labels(name: str, tokenizer: str, tokenizers: dict) -> None:
         assert all(repr(token) in str(error.value) for token in lacking)
         return
     made = processor(name, own)
-    if "bos_token" not in own.tokens and "{bos}" in TEMPLATES[name].between:
+    writes_bos = "{bos}" in TEMPLATES[name].between + TEMPLATES[name].media_suffix
+    if "bos_token" not in own.tokens and writes_bos:
         with pytest.raises(ConfigError, match="bos token, which it does not have"):
             made(turns(2, NASTY), "s")
         return

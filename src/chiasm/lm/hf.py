@@ -232,9 +232,21 @@ def build(values: dict[str, Any]) -> Any:
     try:
         config = transformers.AutoConfig.for_model(name, **values)
         kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        return kind.from_config(config, dtype=torch.get_default_dtype())
+        model = kind.from_config(config, dtype=torch.get_default_dtype())
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"lm 'hf': transformers cannot build {name!r}: {str(error).splitlines()[0]}") from None
+    if values.get("tie_word_embeddings") is False:
+        _untie(model)
+    return model
+
+
+def _untie(model: Any) -> None:
+    """Give the head a matrix of its own. transformers 5 ties T5's whatever its configuration says, until it loads."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is table.weight:
+        head.weight = torch.nn.Parameter(torch.empty_like(table.weight))
+        torch.nn.init.normal_(head.weight, std=0.02)
+        model.config.tie_word_embeddings = False
 
 
 def fill_buffers(model: Any) -> None:

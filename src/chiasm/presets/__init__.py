@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from chiasm import registry
 from chiasm.model_config import VLMConfig
-from chiasm.presets import hf_llava, llava, llava_next, llava_onevision, original_llava
+from chiasm.presets import blip2, hf_llava, llava, llava_next, llava_onevision, original_llava
 from chiasm.presets.record import Preset
 from chiasm.presets.tiny import VOCAB
 from chiasm.presets.tiny import tiny as shrink
 
 __all__ = [
     "Preset",
+    "blip2",
     "hf_llava",
     "llava",
     "llava_next",

@@ -199,7 +199,7 @@ def _recipe(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
         row("learns", *(", ".join(f"`{p}`" for p in s.trains) for s in stages)),
         row("learning rate", *(known(s.lr) for s in stages)),
         row("rates of their own", *(", ".join(f"`{p}` {r:g}" for p, r in s.rates.items()) or "none" for s in stages)),
-        row("schedule", *(f"{s.schedule} to 0 after {s.warmup:.0%} warm-up" for s in stages)),
+        row("schedule", *(f"{s.schedule} to {s.last_lr:g} after {_warmup(s.warmup)} warm-up" for s in stages)),
         row("batch", *(known(s.batch) for s in stages)),
         row("epochs", *(known(s.epochs) for s in stages)),
         row("maximal length", *(known(s.max_length) for s in stages)),
@@ -207,6 +207,10 @@ def _recipe(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
         row("weight decay", *(known(s.weight_decay) for s in stages)),
         row("stands in", *(s.source for s in stages)),
     ]
+
+
+def _warmup(share: float) -> str:
+    return f"{share:.0%}" if share < 1 else f"{share:,.0f} steps of"
 
 
 def _counted(record: Preset, total: int) -> str:

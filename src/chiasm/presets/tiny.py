@@ -14,6 +14,18 @@ from chiasm.model_config import VLMConfig
 PATCH = 4  # pixels of a tiny patch's side
 QUARTER = 4  # a tiny tower sees a quarter of the patches a side
 TOWER = {"dim": 32, "depth": 3, "heads": 4, "mlp": 64, "patch": PATCH}
+QFORMER = {"queries": 8, "dim": 32, "depth": 3, "heads": 4, "mlp": 64}
+HF: dict[str, dict[str, Any]] = {  # by transformers' model_type
+    "opt": {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 640,
+    },
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+}
 VOCAB = 512
 
 
@@ -28,15 +40,28 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
         small = tiny_side(encoder["image_size"], encoder["patch"])
         sizes[encoder["image_size"]] = small
         encoder.update(TOWER, image_size=small)
-    if model["lm"]["type"] != "decoder":
-        raise ConfigError(f"the language model is of type {model['lm']['type']!r}: only 'decoder' has a tiny form")
-    grouped = model["lm"]["kv_heads"] not in (None, model["lm"]["heads"])
-    model["lm"].update(vocab=vocab, dim=64, depth=2, heads=4, kv_heads=2 if grouped else None, head_dim=None, mlp=128)
+    for connector in model["connectors"].values():
+        if connector["type"] == "qformer":
+            connector.update(QFORMER)
+            if connector["text"]:
+                connector["text"].update(vocab=vocab)
+    _shrink_lm(model["lm"], vocab)
     for front_end in media.values():
         _shrink(front_end.get("image", front_end), sizes)
         if "frames" in front_end:
             front_end["frames"] = min(front_end["frames"], 4)
     return VLMConfig.parse(dump)
+
+
+def _shrink_lm(lm: dict[str, Any], vocab: int) -> None:
+    """Sizes of a language model, in place. Raises ConfigError for one that has no tiny form."""
+    if lm["type"] == "decoder":
+        grouped = lm["kv_heads"] not in (None, lm["heads"])
+        lm.update(vocab=vocab, dim=64, depth=2, heads=4, kv_heads=2 if grouped else None, head_dim=None, mlp=128)
+    elif lm["type"] == "hf" and lm["config"]["model_type"] in HF:
+        lm["config"].update(HF[lm["config"]["model_type"]], vocab_size=vocab)
+    else:
+        raise ConfigError(f"the language model is of type {lm['type']!r}: only 'decoder', OPT and T5 have a tiny form")
 
 
 def tiny_side(side: int, patch: int) -> int:

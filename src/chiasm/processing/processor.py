@@ -322,7 +322,7 @@ class Processor:
             raise DataError(
                 f"sample {id!r}: the template wrote no place for {', '.join(missing)} of {len(items)} media"
             )
-        if target is not None:
+        if self.config.target == "decoder":  # the encoder's side ends as the tokenizer ends a text, answer or no answer
             mask = [False] * len(mask)
             ids += self.tokenizer.suffix
             mask += [False] * len(self.tokenizer.suffix)

@@ -1,7 +1,8 @@
 """The published templates by name, each as data.
 
 Sources: ``llava/conversation.py`` of haotian-liu/LLaVA c121f04 and of LLaVA-VL/LLaVA-NeXT, and the training code for
-those that are only built there. A name serves to write configurations; what a model saves is the data.
+those that are only built there; BLIP-2's from salesforce/LAVIS 506965b. A name serves to write configurations; what a
+model saves is the data.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ TEMPLATES: dict[str, TurnsConfig] = {
     "simple": TurnsConfig(
         user_turn=Turn(prefix="Q: ", suffix="\n"), answer=Answer(prompt="A:", lead=" ", end="{eos}"), between="\n"
     ),
+    # BLIP-2: the picture stands before the token that opens OPT's text, and a line break ends an answer. Prompts are
+    # the user's: "Question: ... Short answer:".
+    "blip2_opt": TurnsConfig(answer=Answer(end="\n"), media_suffix="{bos}"),
+    "blip2_t5": TurnsConfig(answer=Answer(end="{eos}"), media_suffix=""),
     "bare": TurnsConfig(user_turn=Turn(suffix="\n"), answer=Answer(end="{eos}")),
 }
 
