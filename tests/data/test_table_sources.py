@@ -237,3 +237,34 @@ def test_memory_does_not_hold_the_texts(tmp_path, name):
     )
     count, index, grown = map(int, ran.stdout.split())
     assert count == 20_000 and index <= 16 * count and grown < 16_000_000, (index, grown)
+
+
+def test_check_of_tars(tmp_path):
+    """Pictures in memory: broken, empty and repeated ones are found, by number, in worker processes too."""
+    from chiasm.data.check import check_all
+    from chiasm.data.check import run as check_run
+    from chiasm.data.mixture import Entry, Mixture
+
+    members = []
+    for n in range(40):
+        data = {5: b"", 11: picture(11)[:30], 23: b"<html>", 31: picture(30)}.get(n, picture(n))
+        members += [(f"{n:03}.png", data), (f"{n:03}.txt", b"  " if n == 17 else f"p {n}".encode())]
+    del members[2 * 36 + 1]
+    tar(tmp_path / "a.tar", members)
+    mixture = Mixture({"pairs": Entry(source={"type": "webdataset", "file": str(tmp_path / "a.tar")})})
+    wanted = {
+        5: "empty_picture",
+        11: "broken_picture",
+        17: "empty_answer",
+        23: "broken_picture",
+        31: "duplicate_picture",
+        36: "record",
+    }
+    alone = check_all(mixture, workers=0)
+    assert {f.index: f.kind for f in alone.findings if f.kind != "odd_picture"} == wanted
+    assert {f.id for f in alone.findings if f.index == 36} == {"036"} and alone.bad == 5
+    size, check_run.SIZE = check_run.SIZE, 8
+    try:
+        assert check_all(mixture, workers=2).findings == alone.findings
+    finally:
+        check_run.SIZE = size

@@ -27,7 +27,7 @@ from chiasm.data.mixture import Entry, Mixture
 from chiasm.data.quarantine import Quarantine, Quarantined
 from chiasm.errors import ConfigError, DataError
 from chiasm.train import Recipe, train
-from chiasm.train.ways import everything, ways
+from chiasm.train.ways import everything, open_processor, ways
 
 QUIET = Console(file=io.StringIO())
 
@@ -321,3 +321,23 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_skips_come_out_of_workers_in_order(faulty, tmp_path):
+    from chiasm.data.loader import BatchPlan, Renderer, load
+    from chiasm.data.quarantine import Skips
+
+    folder, planted = faulty
+    spec = recipe(folder)
+    mixture = Mixture(spec.data, spec.seed)
+    renderer = Renderer(open_processor(spec.model), LONG)
+    told = []
+    for workers in (0, 2):
+        skips = Skips(tmp_path / f"{workers}.jsonl", 400)
+        batches = list(load(BatchPlan(mixture, 8, bucket=5), renderer, 0, 50, workers, skips))
+        told.append(((tmp_path / f"{workers}.jsonl").read_text(), [b.ids for _, b in batches if b is not None]))
+        assert {index for _, index in skips.seen} == set().union(*planted.values())
+    assert told[0] == told[1] and sum(map(len, told[0][1])) == 380
+    with pytest.raises(DataError) as stopped:
+        list(load(BatchPlan(mixture, 8), renderer, 0, 50, 2))
+    assert stopped.value.fault in planted

@@ -28,6 +28,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image as Pillow
+from PIL import UnidentifiedImageError
 
 from chiasm.errors import DataError
 from chiasm.processing.base import Place
@@ -263,6 +264,8 @@ def _formats() -> tuple[str, ...]:
 
 def reason(error: BaseException) -> str:
     """What an error of a library says, in one line of at most 160 characters."""
+    if isinstance(error, UnidentifiedImageError):  # its text holds the address of a buffer
+        return "its first bytes belong to none of the formats"
     text = " ".join(str(error).split()) or type(error).__name__
     return _short(text, 160)
 
