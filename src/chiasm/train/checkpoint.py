@@ -4,6 +4,10 @@ A folder ``step-000200`` holds ``weights.safetensors`` (the float32 masters of w
 ``optimizer.safetensors`` (their moments, and the states of all random generators) and ``state.json`` (the step, which
 is also the place in the data, and what a run must agree with to go on from here). What is frozen is not written, only a
 mark of it that tells another model.
+
+Several ranks write one folder. With ``parallel: replicate`` its files are those of one process; with ``shard`` a folder
+``pieces`` in torch's distributed format takes the place of the two. Either is read by any number of ranks, in either
+mode. ``generators.safetensors`` holds the random states of each rank.
 """
 
 from __future__ import annotations
@@ -21,26 +25,57 @@ from torch import Tensor, nn
 
 from chiasm.data import randomness
 from chiasm.errors import CheckpointError
+from chiasm.train.distributed import ALONE, Alone, like
 from chiasm.train.optim import Masters
 
 
-def save(folder: Path, step: int, masters: Masters, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int):
-    """Write ``folder/step-…``, then remove all but the newest ``keep`` and the best.
+def save(
+    folder: Path,
+    step: int,
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    ranks: Alone = ALONE,
+) -> None:
+    """Write ``folder/step-…``, then remove all but the newest ``keep`` and the best. Called by all ranks at once.
 
     The best has the lowest ``state["held_out"]``, the held-out loss at its step, among those that have one.
     """
     final = folder / f"step-{step:06d}"
-    aside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = folder / f".{final.name}.{ranks.gather(os.getpid(), 'the checkpoint')[0]}"
+    if ranks.first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    generators = ranks.gather(randomness.state() | randomness.accelerator_states(), "the checkpoint")
+    if ranks.sharded:
+        from chiasm.train import shard
+
+        shard.write(aside / "pieces", masters, optimizer, ranks.talk)
+        ranks.wait("the checkpoint's pieces")
+    if ranks.first:
+        if not ranks.sharded:
+            _write(aside, masters, optimizer, generators[0])
+        if ranks.count > 1:
+            each = {f"{rank}/{key}": value for rank, found in enumerate(generators) for key, value in found.items()}
+            save_file(each, aside / "generators.safetensors")
+        _publish(folder, final, aside, {"step": step, **state}, keep)
+    ranks.wait("the finished checkpoint")
+
+
+def _write(aside: Path, masters: Masters, optimizer: torch.optim.Optimizer, generators: dict[str, Tensor]) -> None:
     weights = {name: p.detach().cpu().contiguous() for name, p in masters.masters.items()}
     save_file(weights, aside / "weights.safetensors")
-    moments: dict[str, Tensor] = randomness.state() | randomness.accelerator_states()
+    moments = dict(generators)
     for name, p in masters.masters.items():
         for key, value in optimizer.state.get(p, {}).items():
             moments[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(moments, aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+
+
+def _publish(folder: Path, final: Path, aside: Path, state: dict[str, Any], keep: int) -> None:
+    """Make what was written aside the checkpoint, in one step."""
+    (aside / "state.json").write_text(json.dumps(state, indent=1))
     for file in aside.iterdir():
         _flush(file)
     _flush(aside)
@@ -82,7 +117,13 @@ def clean(folder: Path) -> list[str]:
     return sorted(p.name for p in left)
 
 
-def restore(path: Path, masters: Masters, optimizer: torch.optim.Optimizer, expected: dict[str, Any]) -> int:
+def restore(
+    path: Path,
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    expected: dict[str, Any],
+    ranks: Alone = ALONE,
+) -> int:
     """Put a checkpoint's state into masters, model, optimizer and random generators; returns its step.
 
     Raises CheckpointError where the run is another one than the checkpoint's: ``expected`` must equal what was saved.
@@ -94,20 +135,41 @@ def restore(path: Path, masters: Masters, optimizer: torch.optim.Optimizer, expe
                 f"{path}: was written by a run with {key} {state.get(key)!r}, this one has {value!r}; "
                 "resume with the same recipe and model, or start in another folder"
             )
+    if (path / "pieces").is_dir():
+        from chiasm.train import shard
+
+        names = shard.read(path / "pieces", masters, optimizer, ranks.talk)
+        _same_names(path, names, set(masters.masters))
+    else:
+        _read(path, masters, optimizer)
+    masters.publish()
+    each = path / "generators.safetensors"
+    if each.is_file():
+        mark = f"{ranks.rank}/"
+        randomness.restore({k.removeprefix(mark): v for k, v in load_file(each).items() if k.startswith(mark)})
+    elif ranks.first:
+        randomness.restore(load_file(path / "optimizer.safetensors"))
+    return int(state["step"])
+
+
+def _read(path: Path, masters: Masters, optimizer: torch.optim.Optimizer) -> None:
+    """Masters and moments from whole tensors."""
     weights = load_file(path / "weights.safetensors")
     _same_names(path, set(weights), set(masters.masters))
     moments = load_file(path / "optimizer.safetensors")
+    fused = bool(optimizer.defaults.get("fused"))  # else the count of steps stays on the CPU
+
+    def placed(key: str, value: Tensor, p: Tensor) -> Tensor:
+        if key == "step":
+            return value.to(p.device) if fused else value
+        return like(value.to(p.device), p)
+
     with torch.no_grad():
         for name, p in masters.masters.items():
-            p.copy_(weights[name])
-    masters.publish()
-    for name, p in masters.masters.items():
-        kept = {k.rpartition("/")[2]: v for k, v in moments.items() if k.rpartition("/")[0] == name}
-        if kept:
-            stays = set() if optimizer.defaults.get("fused") else {"step"}  # unfused: counted on the CPU
-            optimizer.state[p] = {k: v if k in stays else v.to(p.device) for k, v in kept.items()}
-    randomness.restore(moments)
-    return int(state["step"])
+            p.copy_(like(weights[name], p))
+            kept = {k.rpartition("/")[2]: v for k, v in moments.items() if k.rpartition("/")[0] == name}
+            if kept:
+                optimizer.state[p] = {k: placed(k, v, p) for k, v in kept.items()}
 
 
 def digest(model: nn.Module, plan_rates: dict[str, float | None]) -> str:

@@ -31,7 +31,8 @@ class Masters:
         self.frozen: dict[str, Tensor] = {}
         if low is None:
             for p in named.values():
-                p.data = p.data.to(torch.float32)
+                if p.dtype != torch.float32:
+                    p.data = p.data.to(torch.float32)
             self.masters = self.trained
             return
         self.masters = {
@@ -97,16 +98,16 @@ def adamw(masters: Masters, plan: Plan, weight_decay: float, betas: tuple[float,
     """AdamW with a group for each learning rate, decay on matrices only (as the published recipes: not on biases, norms
     and other vectors). Fused where the device has the kernel.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, type], list[nn.Parameter]] = {}
     for name, p in masters.masters.items():
         rate = plan.rates[name]
         assert rate is not None
-        groups.setdefault((rate, p.ndim >= 2), []).append(p)
+        groups.setdefault((rate, p.ndim >= 2, type(p)), []).append(p)  # pieces and whole tensors do not mix
     fused = all(p.device.type in ("cpu", "cuda") for p in masters.masters.values())
     return torch.optim.AdamW(
         [
             {"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay if decays else 0.0}
-            for (rate, decays), params in groups.items()
+            for (rate, decays, _), params in groups.items()
         ],
         betas=betas,
         fused=fused,
@@ -133,16 +134,20 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 @torch.no_grad()
-def scale_and_clip(gradients: Iterable[Tensor], weight: float, max_norm: float) -> float:
+def scale_and_clip(gradients: Iterable[Tensor], weight: float, max_norm: float, known: Tensor | None = None) -> float:
     """Turn gradients of a sum into those of the mean over ``weight`` and clip their common norm to ``max_norm``.
+
+    ``known`` is their norm ``[]`` where these are only a rank's pieces.
 
     Returns the norm before clipping; where it is not finite the gradients are left alone.
     """
     gradients = list(gradients)
     if not gradients:
         return 0.0
-    norms = torch._foreach_norm(gradients)
-    norm = float(torch.linalg.vector_norm(torch.stack([n.to(gradients[0].device) for n in norms]))) / weight
+    if known is None:
+        norms = torch._foreach_norm(gradients)
+        known = torch.linalg.vector_norm(torch.stack([n.to(gradients[0].device) for n in norms]))
+    norm = float(known) / weight
     if math.isfinite(norm):
         torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / weight)
     return norm

@@ -1,0 +1,211 @@
+"""A model spread over the ranks: torch's FSDP2 over the blocks of encoders and language model (``parallel: shard``).
+
+Reference: ``torch.distributed.fsdp.fully_shard`` (torch 2.13). Parameters, gradients and moments live in pieces, one a
+rank; a block's weights are gathered while it runs. Frozen parts are spread too.
+
+Gathering is a meeting of all ranks, so all must run the same blocks in the same order. Before each micro-batch the
+ranks tell each other which kinds of media they hold; where one has a kind, every other runs that encoder and connector
+too, on a batch of **zero** pictures: no arithmetic, gradients of exactly zero, and every meeting is kept. No picture is
+invented. A rank that has no sample left runs one row of padding, which nothing is learned from.
+
+FSDP's own arithmetic is a mean over ranks; its divisor is set to 1, so that sums stay sums.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoints
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from chiasm.data.loader import Spec
+from chiasm.errors import ConfigError
+from chiasm.train.distributed import Ranks, Turn, whole
+from chiasm.types import Batch, Condition, MediaBatch
+
+
+class Shards(Ranks):
+    """One of several processes, each with a piece of the model."""
+
+    sharded = True
+
+    def __init__(self, device: str, patience: float = 600.0):
+        super().__init__(device, patience)
+        kind = torch.device(device).type
+        self.mesh = init_device_mesh(kind, (self.count,))
+        self.low: torch.dtype | None = None
+        self.model: Any = None
+
+    # -------------------------------------------------------------------------------------------------------- model
+
+    def place(self, model: nn.Module, dtype: str) -> nn.Module:
+        """A copy of the model whose parameters are pieces; ``model`` itself is emptied until ``whole`` fills it."""
+        self.low = torch.bfloat16 if dtype == "bf16" else None
+        for name, p in model.named_parameters():
+            if not p.is_floating_point():
+                raise ConfigError(f"parallel: shard cannot spread {name} of type {p.dtype}; use parallel: replicate")
+            p.data = p.data.to(torch.float32)
+        # Modules are copied, tensors shared: FSDP then exchanges the copy's parameters and leaves the model's.
+        shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+        run = copy.deepcopy(model, shared)
+        policy = MixedPrecisionPolicy(param_dtype=self.low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        loose = set(run.parameters(recurse=False))  # vectors of the model's own, such as newline: not every layout
+        for block in blocks(run):  # uses them, so their gradients are summed by name
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        fully_shard(run, mesh=self.mesh, mp_policy=policy, ignored_params=loose)
+        for p in loose:
+            p.data = p.data.to(self.device)
+        for module in run.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+        for p in model.parameters():
+            if p not in loose:
+                p.data = torch.empty(0, dtype=p.dtype)
+        self.model = run
+        return run
+
+    @torch.no_grad()
+    def whole(self, model: nn.Module) -> nn.Module:
+        """Fill the ordinary model, on the CPU, from the pieces of all ranks."""
+        self.reshard()
+        pieces = dict(self.model.named_parameters(remove_duplicate=False))
+        filled: set[int] = set()
+        with self.watchdog.waiting("gathering the model"):
+            for name, p in model.named_parameters(remove_duplicate=False):
+                if id(p) not in filled:  # shared ones once
+                    filled.add(id(p))
+                    p.data = whole(pieces[name].detach()).cpu()
+                    p.grad = None
+        self.model = None
+        return model
+
+    def reshard(self) -> None:
+        """Let go of gathered weights, which the optimizer would leave behind."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def input_dtype(self, model: Any) -> torch.dtype:
+        """The type that a gathered block computes in."""
+        return self.low or torch.float32
+
+    # ------------------------------------------------------------------------------------------------------ batches
+
+    def told(self, batch: Batch | None) -> dict[str, Any]:
+        """The kinds of media, and what is needed to make an empty one."""
+        return {kind: _form(media) for kind, media in (batch.media if batch is not None else {}).items()}
+
+    def completed(self, spec: Spec, batch: Batch | None, turns: Sequence[Turn]) -> tuple[Spec, Batch | None]:
+        """The batch with zero pictures of the kinds that only others have, and all kinds in one order."""
+        self.watchdog.at(f"step {spec.step + 1}, micro-batch {spec.part + 1} of {spec.parts}", waits=True)
+        forms: dict[str, Any] = {}
+        for turn in turns:
+            forms = turn.media | forms
+        if batch is None:
+            batch = padding()
+        media = {kind: batch.media.get(kind) or nothing(*forms[kind]) for kind in sorted(forms)}
+        batch.media = media
+        return spec, batch
+
+    # ---------------------------------------------------------------------------------------------------- gradients
+
+    @torch.no_grad()
+    def reduce(self, masters: Any) -> list[Tensor]:
+        """FSDP has summed the pieces' gradients; those of loose parameters are summed here."""
+        self.reshard()
+        self.sum_gradients([p for p in masters.masters.values() if not isinstance(p, DTensor)])
+        return [local(g) for g in masters.gradients()]
+
+    @torch.no_grad()
+    def norm(self, masters: Any) -> Tensor:
+        """The norm ``[]`` over all ranks' pieces; what every rank holds whole is counted once."""
+        square = torch.zeros((), device=self.device, dtype=torch.float64)
+        for p in masters.masters.values():
+            if isinstance(p, DTensor) and p.grad is not None:
+                square += local(p.grad).double().square().sum()
+        dist.all_reduce(square)
+        for p in masters.masters.values():
+            if not isinstance(p, DTensor) and p.grad is not None:
+                square += p.grad.double().square().sum()
+        return square.sqrt()
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece, sharing its memory; a tensor that is no piece is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one at a time: the members of the outermost lists of equal modules."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1:
+            found.extend(m for m in module if any(True for _ in m.parameters()))
+            return
+        for child in module.children():
+            visit(child)
+
+    for room in ("encoders", "lm"):
+        if hasattr(model, room):
+            visit(getattr(model, room))
+    return found
+
+
+def write(path: Path, masters: Any, optimizer: torch.optim.Optimizer, group: Any) -> None:
+    """Weights and moments in torch's distributed format: each rank writes its own pieces."""
+    checkpoints.save(_values(masters, optimizer), checkpoint_id=path, process_group=group)
+
+
+def read(path: Path, masters: Any, optimizer: torch.optim.Optimizer, group: Any) -> set[str]:
+    """Fill masters and moments, pieces of any number of ranks or whole tensors; returns the names that were saved."""
+    saved = checkpoints.FileSystemReader(path).read_metadata().state_dict_metadata
+    names = {key.removeprefix("weights/") for key in saved if key.startswith("weights/")}
+    if names != set(masters.masters):
+        return names
+    fused = bool(optimizer.defaults.get("fused"))
+    for key in (key for key in saved if key.startswith("moments/")):
+        name, _, kind = key.removeprefix("moments/").rpartition("/")
+        p = masters.masters[name].detach()
+        plain = torch.zeros((), device=p.device if fused else "cpu")  # the count of steps
+        optimizer.state[masters.masters[name]][kind] = plain if kind == "step" else torch.zeros_like(p)
+    values = _values(masters, optimizer)
+    checkpoints.load(values, checkpoint_id=path, process_group=group, no_dist=group is None)
+    return names
+
+
+def _values(masters: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {f"weights/{name}": p.detach() for name, p in masters.masters.items()}
+    for name, p in masters.masters.items():
+        found |= {f"moments/{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
+    return found
+
+
+def _form(media: MediaBatch) -> tuple[tuple[int, ...], int | None]:
+    return tuple(media.inputs.shape[1:]), None if media.cond is None else media.cond.ids.shape[1]
+
+
+def nothing(shape: tuple[int, ...], instruction: int | None) -> MediaBatch:
+    """Zero media: an empty tensor ``[0, *shape]`` that runs through encoder and connector."""
+    cond = None
+    if instruction is not None:
+        empty = torch.zeros(0, instruction, dtype=torch.long)
+        cond = Condition(empty, empty.bool())
+    return MediaBatch(torch.zeros(0, *shape), [], torch.zeros(0, dtype=torch.long), [], [], cond=cond)
+
+
+def padding() -> Batch:
+    """One row ``[1, 2]`` of padding: nothing is seen and nothing learned."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    return Batch(ids, ids.clone(), ids.clone(), ids.bool(), ids=[""], sources=[""])
