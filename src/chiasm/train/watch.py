@@ -69,7 +69,7 @@ class Watch:
             self._judged(lambda: self.proof.finish(step))
         finally:
             report = self.proof.last or self.proof.report(step)
-            proof.write(report, Path(self.run.out) / "proof.json")
+            self._write(report)
         print_proof(self.console, self.run.stage.name, report)
         return report
 
@@ -92,12 +92,16 @@ class Watch:
 
     # ---------------------------------------------------------------------------------------------------- parts
 
+    def _write(self, report: Report) -> None:
+        if self.run.ranks.first:
+            proof.write(report, Path(self.run.out) / "proof.json")
+
     def _judged(self, check: Any) -> None:
         try:
             check()
         except ProofError as error:
             if self.stop:
-                proof.write(self.proof.report(0), Path(self.run.out) / "proof.json")
+                self._write(self.proof.report(0))
                 raise
             self.console.print(f"[bold red]Proof failed:[/] {error}", highlight=False, markup=True)
             self.proof.first = self.proof.first or 0  # told once
