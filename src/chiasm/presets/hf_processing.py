@@ -47,6 +47,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "resample": 3,
         "image_grid_pinpoints": ONEVISION_PINPOINTS,
     },
+    "BlipImageProcessor": {
+        "size": {"height": 384, "width": 384},
+        "do_center_crop": False,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "resample": 3,
+    },
     "ViTImageProcessor": {
         "size": {"height": 224, "width": 224},
         "do_center_crop": False,
