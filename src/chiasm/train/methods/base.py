@@ -100,7 +100,7 @@ def whole(model: nn.Module, name: str, parameters: set[str]) -> bool:
 
 
 def idle(model: nn.Module) -> set[str]:
-    """Parameters that no forward pass reads, as blocks behind the layer that a tower is read at: no place for methods."""
+    """Parameters that no forward pass reads: blocks behind the layer a tower is read at. No place for methods."""
     found = set()
     for name, module in model.named_modules():
         unused = getattr(module, "unused", None)
