@@ -50,7 +50,7 @@ class Records:
         """The record. Raises DataError that names the line, or the number in the list."""
         where = f"record {index + 1}" if self.lines is None else f"line {self.lines[index]}"
         try:
-            record = json.loads(self.raw(index).decode("utf-8"))
+            record = json.loads(self.raw(index).rstrip().decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path}: {where}: {error}; it is not UTF-8", "record") from None
         except json.JSONDecodeError as error:
