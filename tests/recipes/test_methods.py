@@ -21,6 +21,7 @@ from chiasm.train.methods.base import own_parameters
 from chiasm.train.methods.files import load_adapter, save_adapter
 from chiasm.train.methods.merge import distance, merge, probe_logits
 from chiasm.train.methods.nf4 import LEVELS, dequantise, quantise
+from chiasm.train.methods.settle import settle
 from chiasm.train.methods.table import parse_method
 from chiasm.train.objectives.next_token import next_token
 from chiasm.train.plan import apply, prepare, resolve
@@ -311,3 +312,53 @@ def test_a_stage_writes_the_adapter_and_resumes(tmp_path: Path):
         moved = {n for n, t in base.items() if not torch.equal(t, vlm.state_dict()[n])}
         assert moved == {n for n in base if n.startswith("connectors.")}
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_stage_ends_whole(tmp_path: Path, name: str):
+    """A stage in bfloat16: 4-bit codes untouched, base weights back to the bit, merged with the proof."""
+    write_pictures(tmp_path)
+    vlm = tiny_vlm(tmp_path)
+    before = {n: t.clone() for n, t in vlm.state_dict().items()}
+    plan = {"*": "freeze", "lm": METHODS[name]}
+    stage = Stage(name="s", plan=plan, steps=4, batch_size=4, lr=1e-2, dtype="bf16", log_every=1)
+    mixture = Mixture({"colors": Entry(source=source(tmp_path))}, 0)
+    run = StageRun(vlm.model, renderer(vlm), stage, mixture, tmp_path / "out", None, Console(file=io.StringIO()))
+    run.fit()
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines() if "loss" in line
+    ]
+    assert losses[-1] < losses[0]
+    kept = vlm.state_dict()
+    assert all(torch.equal(t, kept[n]) for n, t in before.items() if n in kept)
+    told = settle(vlm, run.plan, tmp_path / "adapter", None)
+    assert ("merged" in told) == (name.split(",")[0] in ("lora", "qlora"))
+    vlm.save(tmp_path / "model")
+    assert apart(probe_logits(vlm), probe_logits(load(tmp_path / "model"))) == 0
+
+
+@pytest.mark.parametrize("action", ["lora(r=2)", "qlora(r=2)", "adapter(bottleneck=3)", "prompt(tokens=3)"])
+def test_language_models_of_transformers(tmp_path: Path, action: str):
+    pytest.importorskip("transformers")
+    config = model_config()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config["model"]["lm"] = {
+        "type": "hf",
+        "config": {"model_type": "qwen2", "vocab_size": 96, "num_key_value_heads": 1, "max_position_embeddings": 256}
+        | sizes,
+    }
+    vlm = with_method(build(config, tokenizer=tokenizer_folder(tmp_path / "t")).eval(), {"lm": action})
+    changed = probe_logits(vlm)
+    vlm.save(tmp_path / "saved")
+    assert apart(changed, probe_logits(load(tmp_path / "saved"))) == 0
+    mixture = write_mixed(tmp_path)
+    examples = [mixture[0, i] for i in range(4)]
+    alone = sum(next_token(vlm.model, renderer(vlm).batch([example])).total.item() for example in examples)
+    for pack in (False, True):
+        together = next_token(vlm.model, renderer(vlm, pack=pack).batch(examples)).total.item()
+        assert together == pytest.approx(alone, rel=1e-5)
+    talk = [{"role": "user", "content": "Hi."}]
+    cached, fresh = (generate(vlm.model, vlm.processor, talk, max_new_tokens=8, use_cache=c) for c in (True, False))
+    assert cached == fresh
+    if "lora" in action:
+        assert merge(vlm).gap <= 1e-5
