@@ -114,6 +114,11 @@ def prepare(model: nn.Module, table: Mapping[str, Action], seed: int = 0) -> Non
     install(model, methods_in(model, choose(model, table)), seed)
 
 
+def quantises(table: Mapping[str, Action]) -> bool:
+    """Whether a method of the table keeps base weights in fewer bits: such a model is best moved when that is done."""
+    return any(method is not None and method.quantises for method in map(parse_method, table.values()))
+
+
 def choose(model: nn.Module, table: Mapping[str, Action]) -> dict[str, Action]:
     """The action of each parameter: that of the last pattern that means it. Raises ConfigError."""
     chosen: dict[str, Action] = {}

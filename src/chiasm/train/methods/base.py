@@ -21,6 +21,8 @@ from chiasm.errors import ConfigError, nearest
 class MethodConfig(PartConfig):
     """Options of a method. ``lr`` None: the stage's learning rate."""
 
+    quantises: ClassVar[bool] = False  # whether it keeps the base weights in fewer bits
+
     lr: float | None = Field(default=None, gt=0)
 
     def label(self) -> str:

@@ -25,6 +25,8 @@ from chiasm.train.methods.nf4 import NF4, dequantise, quantise
 class QLoRAConfig(LoRAConfig):
     """LoRA's options, and ``double``: the scales of the 4-bit blocks in 8 bits."""
 
+    quantises = True
+
     type: str = "qlora"
     double: bool = True
 

@@ -10,21 +10,23 @@ from chiasm.model_config import MethodRecord
 from chiasm.train.methods.base import own_parameters
 from chiasm.train.methods.files import save_adapter
 from chiasm.train.methods.merge import merge, mergeable
+from chiasm.train.methods.table import records
 from chiasm.train.plan import Plan
 
 
 def settle(vlm: Any, plan: Plan, folder: Path, base: str | Path | None) -> str | None:
-    """Write the adapter of a finished stage into ``folder`` and merge LoRA and QLoRA into the model.
+    """Write the adapter of a finished stage into ``folder`` and merge LoRA into the model.
 
-    Prompts, prefixes and bottleneck adapters stay in the model, which says so in its configuration. Gives a line for
-    the user; None where the stage used no method. Raises CheckpointError where the merged model answers otherwise.
+    Prompts, prefixes and bottleneck adapters stay in the model, which says so in its configuration. So does QLoRA: a
+    merged model would take eight times the memory of its 4-bit weights (``chiasm merge`` does it). Gives a line for the
+    user; None where the stage used no method. Raises CheckpointError where the merged model answers otherwise.
     """
     own = own_parameters(vlm.model)
     if not own:
         return None
     save_adapter(vlm, folder, base, [name for name, rate in plan.rates.items() if rate is not None])
     told = f"adapter in {folder}"
-    if mergeable(vlm.model):
+    if mergeable(vlm.model) and not any(record[0].quantises for record in records(vlm.model)):
         proof = merge(vlm)
         event = f"merged: {proof}"
         vlm.config = vlm.config.model_copy(update={"provenance": vlm.config.provenance.add(event)})
