@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from chiasm import registry
 from chiasm.data.base import Example, with_answer
@@ -14,6 +14,18 @@ from chiasm.data.quarantine import Quarantine
 from chiasm.data.shuffle import shuffled as shuffle
 from chiasm.errors import DataError
 from chiasm.types import Message
+
+
+class Ranks(Protocol):
+    """What an evaluation needs of the processes that share it: see ``chiasm.train.distributed``."""
+
+    rank: int
+    count: int
+
+    def gather(self, value: Any, place: str = "") -> list[Any]:
+        """The values of all ranks, in the order of the ranks."""
+        ...
+
 
 Advance = Callable[[int, int], None]  # (examples done, of them since the last call)
 
@@ -91,11 +103,13 @@ def evaluate(
     shuffle_images: bool = False,
     seed: int = 0,
     advance: Advance | None = None,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Greedy answers to the last question of each example, scored by ``metrics`` (one name, or one for each source).
 
     ``shuffle_images`` gives every example the media of another one of its task: a model that reads its pictures falls
-    to what the question alone tells. Raises DataError for an example without question or answer, before any is run.
+    to what the question alone tells. ``ranks`` share the batches, each run once, and all get the whole result. Raises
+    DataError for an example without question or answer, before any is run.
     """
     score = {source: registry.get("metric", _metric(metrics, source)) for source in {e.source for e in examples}}
     pairs = [(example, *question(example)) for example in examples]  # all are looked at before the first is run
@@ -108,7 +122,8 @@ def evaluate(
     # Prompts of like length share a batch; the answers come back in the order of the examples.
     order = sorted(range(len(pairs)), key=lambda i: sum(len(m.text) for m in pairs[i][1]))
     found: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for start in starts[ranks.rank :: ranks.count] if ranks else starts:  # the same batches, dealt to the ranks
         rows = order[start : start + batch_size]
         texts = vlm.generate([list(pairs[i][1]) for i in rows], max_new_tokens=max_new_tokens)
         for i, text in zip(rows, texts, strict=True):
@@ -117,6 +132,9 @@ def evaluate(
             found[i] = Answer(example.id, example.source, example.task, prompt[-1].text, text.strip(), answers, value)
         if advance:
             advance(start + len(rows), len(rows))
+    if ranks:
+        for others in ranks.gather(found, "the end of the evaluation"):
+            found |= others
     result.answers = [found[i] for i in range(len(pairs))]
     return result
 

@@ -18,12 +18,14 @@ from rich.table import Table
 import chiasm
 from chiasm.data.base import Example
 from chiasm.errors import ConfigError
-from chiasm.eval.runner import Comparison, compare, held_out, question
+from chiasm.eval.runner import Comparison, Ranks, compare, held_out, question
 from chiasm.processing.fingerprint import fingerprint
 from chiasm.report.run import Shown, StageReport, picture_urls, write_report
 
 
-def evaluate_recipe(vlm: Any, recipe: Any, out: Any, console: Console | None = None, **changes: Any) -> Comparison:
+def evaluate_recipe(
+    vlm: Any, recipe: Any, out: Any, console: Console | None = None, ranks: Ranks | None = None, **changes: Any
+) -> Comparison:
     """See ``chiasm.eval.evaluate_recipe``."""
     console = console or Console()
     if not recipe.held_out:
@@ -43,7 +45,10 @@ def evaluate_recipe(vlm: Any, recipe: Any, out: Any, console: Console | None = N
             max_new_tokens=spec.max_new_tokens,
             seed=recipe.seed,
             advance=lambda done, step: progress.advance(task, step),
+            ranks=ranks,
         )
+    if ranks and ranks.rank:
+        return comparison  # rank 0 writes
     console.print(results_table(comparison))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,10 @@ class Probe:
             found |= self.reading.record() | {"image_use/told": self.told()}
         return found
 
+    def use(self, model: Any) -> None:
+        """Measure this model: the one in pieces while ranks train it, the ordinary one afterwards."""
+        self.model = self.meter.model = model
+
     def told(self) -> str:
         """The last reading in a sentence; empty where there is none."""
         if self.reading is None:

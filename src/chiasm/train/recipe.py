@@ -112,6 +112,8 @@ class Recipe(Config):
     eval: EvalSpec = EvalSpec()
     seed: int = 0
     log: LogSpec = LogSpec()  # where the log goes beside log.jsonl
+    parallel: Literal["replicate", "shard"] = "replicate"  # under torchrun: the model whole on each rank, or in pieces
+    patience: float = Field(default=600.0, gt=0)  # seconds that a rank may wait for the others before the run is ended
     device: str = "auto"  # auto: the first of cuda, cpu that is there
     out: str = "runs/run"
     tiny: dict[str, Any] = Field(default_factory=dict)  # dotted overrides that make the recipe's tiny form

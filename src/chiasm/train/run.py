@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -18,11 +19,13 @@ from chiasm.data.mixture import Mixture
 from chiasm.errors import DataError
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
+from chiasm.train.distributed import ALONE, Alone, started
 from chiasm.train.live import LivePage
 from chiasm.train.loop import StageRun
 from chiasm.train.methods.settle import settle
 from chiasm.train.model import best_device, open_model, random_parts, trained_parts
-from chiasm.train.plan import resolve
+from chiasm.train.plan import prepare as put
+from chiasm.train.plan import quantises, resolve
 from chiasm.train.probe import Probe
 from chiasm.train.recipe import Recipe, Stage
 from chiasm.train.sinks import Sink, open_sinks
@@ -34,9 +37,15 @@ def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Consol
     ``vlm`` is trained instead of the model that the recipe names. ``resume`` goes on from the newest checkpoint in
     ``recipe.out``: finished stages are loaded, not run again. Raises ConfigError, DataError and CheckpointError before
     the first step, NotFinite at the first loss that is no number.
+
+    Under ``torchrun`` all processes call this alike; rank 0 tells and writes.
     """
-    console = console or Console()
-    run = Run(recipe, vlm, console)
+    with started(best_device(recipe.device), recipe.parallel, recipe.patience) as ranks:
+        return _train(recipe, vlm, resume, console or Console(quiet=not ranks.first), ranks)
+
+
+def _train(recipe: Recipe, vlm: Any, resume: bool, console: Console, ranks: Alone) -> Any:
+    run = Run(recipe, vlm, console, ranks)
     try:
         run.prepare()
         for stage in recipe.stages:
@@ -52,8 +61,10 @@ def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Consol
 class Run:
     """The state of a run: its model, its data and where results go."""
 
-    def __init__(self, recipe: Recipe, vlm: Any, console: Console):
-        self.recipe, self.console = recipe, console
+    def __init__(self, recipe: Recipe, vlm: Any, console: Console, ranks: Alone = ALONE):
+        self.recipe, self.console, self.ranks = recipe, console, ranks
+        self.device = best_device(recipe.device)
+        self.home = "cpu" if ranks.sharded else self.device  # where the model is while it is not trained
         self.out = Path(recipe.out)
         self.page: LivePage | None = None
         recipe.log.check()
@@ -64,7 +75,7 @@ class Run:
         self.held_out = Mixture(recipe.held_out, recipe.seed, out and out.held_out()) if recipe.held_out else None
         for entry in recipe.held_out.values():
             registry.get("metric", entry.metric)
-        self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, best_device(recipe.device))
+        self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, self._opened_on())
         self.random = random_parts(recipe.model, self.vlm.model) if vlm is None else set()
         self.base = recipe.model.folder  # where the weights that a stage begins with are saved, if they are
 
@@ -82,6 +93,11 @@ class Run:
             for ref in self.held_out.first(self.recipe.eval.limit):
                 question(self.held_out[ref])
             check(self.held_out, Renderer(self.vlm.processor), self.recipe.eval.loss_samples)
+        if self.ranks.first:
+            self._begin(steps)
+
+    def _begin(self, steps: list[int]) -> None:
+        """The run's folder, its recipe, and its live page where that is asked for."""
         self.out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True)
         (self.out / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -89,6 +105,10 @@ class Run:
             stages = [(s.name, n, s.dump()) for s, n in zip(self.recipe.stages, steps, strict=True)]
             self.page = LivePage(self.out, self.recipe.name, stages, seconds)
             self.console.print(f"Live page: {self.page.show('running')}", highlight=False, soft_wrap=True)
+
+    def _opened_on(self) -> str:
+        """Where the model is read: on the CPU if the first stage quantises it, for it may fit nowhere else before."""
+        return "cpu" if quantises(self.recipe.stages[0].table()) else self.home
 
     def stage(self, stage: Stage, resume: bool) -> None:
         """Run a stage, or load its result where it was finished before."""
@@ -98,12 +118,17 @@ class Run:
             from chiasm.vlm import load
 
             self.base = json.loads(done.read_text())["model"]
-            self.vlm = load(self.base, device=best_device(self.recipe.device))
+            self.vlm = load(self.base, device=self.home)
             self.random -= trained_parts(resolve(self.vlm.model, stage.table(), stage.lr))
             self.console.print(f"Stage {stage.name} was finished before; its model is loaded", highlight=False)
             return
-        done.unlink(missing_ok=True)
+        self.ranks.wait(f"the beginning of stage {stage.name}")
+        if self.ranks.first:
+            done.unlink(missing_ok=True)
         renderer = self._renderer(stage)
+        if quantises(stage.table()):
+            put(self.vlm.model, stage.table(), self.recipe.seed)
+            self.vlm.to(self.home)
         run = StageRun(
             *(self.vlm.model, renderer, stage, self.mixture, folder),
             probe=self._probe(renderer, stage),
@@ -112,6 +137,7 @@ class Run:
             bad=self.recipe.bad,
             random=self.random,
             sinks=lambda start: self._sinks(stage, folder, start),
+            ranks=self.ranks,
         )
         run.fit(resume)
         self.random -= trained_parts(run.plan)
@@ -121,13 +147,21 @@ class Run:
         model = self.out / "model" if last else folder / "model"
         event = f"stage {stage.name}: {run.steps} steps of {run.batches.per_step} samples, recipe {self.recipe.hash()}"
         self.vlm.config = self.vlm.config.model_copy(update={"provenance": self.vlm.config.provenance.add(event)})
-        told = settle(self.vlm, run.plan, folder / "adapter", self.base)
+        with TemporaryDirectory() as elsewhere:  # every rank merges, the first writes
+            adapter = folder / "adapter" if self.ranks.first else Path(elsewhere)
+            told = settle(self.vlm, run.plan, adapter, self.base)
         if told:
             self.console.print(f"Stage {stage.name}: {told}", highlight=False, soft_wrap=True)
-        self.vlm.save(model)
         self.base = str(model)
+        if self.ranks.first:
+            self._save(stage, run, model, folder)
+        self.ranks.wait(f"the model of stage {stage.name}")
+
+    def _save(self, stage: Stage, run: StageRun, model: Path, folder: Path) -> None:
+        """What a finished stage leaves in its folder."""
+        self.vlm.save(model)
         (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
-        write_json(done, {"model": str(model), "steps": run.steps})
+        write_json(folder / "done.json", {"model": str(model), "steps": run.steps})
         shutil.rmtree(
             folder / "checkpoints", ignore_errors=True
         )  # the stage can no longer be resumed, only its model used
@@ -144,9 +178,11 @@ class Run:
 
     def evaluate(self) -> None:
         """The held-out evaluation of the last model, and the report of the run."""
+        self.vlm.to(self.device)
         if self.held_out:
-            self.comparison = evaluate_recipe(self.vlm, self.recipe, self.out, console=self.console)
-        else:
+            ranks = self.ranks if self.ranks.count > 1 else None
+            self.comparison = evaluate_recipe(self.vlm, self.recipe, self.out, console=self.console, ranks=ranks)
+        elif self.ranks.first:
             path = write_run_report(self.recipe, self.out, None)
             self.console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 

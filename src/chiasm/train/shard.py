@@ -66,9 +66,12 @@ class Shards(Ranks):
         for module in run.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other
         for p in model.parameters():
             if p not in loose:
                 p.data = torch.empty(0, dtype=p.dtype)
+        if self.low is not None:
+            run.register_forward_pre_hook(lambda _, given: (given[0].to(self.device, self.low), *given[1:]))
         self.model = run
         return run
 
