@@ -8,6 +8,7 @@ The gradient is that of the mean over all target tokens of the step, however the
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection
@@ -63,6 +64,10 @@ class Tally:
             self.parts[name] = (old[0] + total, old[1] + weight)
         self.ids += other.ids
 
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps so that the next line of a resumed log is the same; counts for speed begin anew."""
+        return {"total": float(self.total), "weight": float(self.weight), "parts": self.parts}
+
     def means(self) -> dict[str, float]:
         """The mean loss, and that of each part where there are several."""
         several = self.parts if len(self.parts) > 1 else {}
@@ -101,6 +106,7 @@ class StageRun:
         self.plan: Plan = resolve(model, stage.table(), stage.lr)
         self.low = torch.bfloat16 if stage.dtype == "bf16" and not ranks.sharded else None  # pieces are masters
         self.log, self.usage = Log(), Usage()
+        self.since = Tally()  # since the last line of the log
 
     def fit(self, resume: bool = False) -> None:
         """Run the stage from its first step, or from its newest checkpoint."""
@@ -141,7 +147,7 @@ class StageRun:
             skips=self.ranks.skips(skips),
             share=self.ranks.share,
         )
-        since, clock = Tally(), time.perf_counter()
+        clock = time.perf_counter()
         with Bars(self.console, self.stage.name, self.steps, start) as bars:
             step_tally = Tally()
             for spec, batch, kinds in self.ranks.stream(made):
@@ -153,13 +159,13 @@ class StageRun:
                 step_tally = self.ranks.joined(step_tally)
                 # A step whose samples were all skipped changes nothing.
                 norm, share = self.update(spec.step, step_tally) if step_tally.ids else (0.0, 0.0)
-                since.add(step_tally)
+                self.since.add(step_tally)
                 step_tally, done = Tally(), spec.step + 1
                 bars.advance(done)
                 if done % self.stage.log_every == 0 or done == self.steps:
                     now = time.perf_counter()
-                    bars.update(done, self._record(done, spec, since, norm, share, now - clock))
-                    since, clock = Tally(), now
+                    bars.update(done, self._record(done, spec, self.since, norm, share, now - clock))
+                    self.since, clock = Tally(), now
                 clock += self._pause(done)
         self.log.close()
         self.watch.finish(self.steps)
@@ -222,7 +228,7 @@ class StageRun:
             self.log.write({"step": done, **record})
             set_modes(self.model)
         if self.stage.save_every and done % self.stage.save_every == 0 and done < self.steps:
-            state = self.agree | {"held_out": record.get("held_out/loss")}
+            state = self.agree | {"held_out": record.get("held_out/loss"), "since": self.since.kept()}
             folder, keep = self.out / "checkpoints", self.stage.keep_last
             checkpoint.save(folder, done, self.masters, self.optimizer, state, keep, self.ranks)
         return time.perf_counter() - begun
@@ -240,7 +246,11 @@ class StageRun:
         if self.ranks.first:
             checkpoint.clean(self.out / "checkpoints")
         found = checkpoint.checkpoints(self.out / "checkpoints")
-        return checkpoint.restore(found[-1], self.masters, self.optimizer, self.agree, self.ranks) if found else 0
+        if not found:
+            return 0
+        kept = json.loads((found[-1] / "state.json").read_text()).get("since", {})
+        self.since = Tally(kept.get("total", 0.0), kept.get("weight", 0.0), parts=kept.get("parts", {}))
+        return checkpoint.restore(found[-1], self.masters, self.optimizer, self.agree, self.ranks)
 
     def _not_finite(self, step: int, what: str, ids: list[str], batch: Batch | None = None) -> str:
         why = "the first bad module is sought by one rank alone" if self.ranks.sharded else self.watch.why(step, batch)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.errors import ChiasmError
+from chiasm.train.faults import finite
 from chiasm.train.plan import part_of
 
 Mark = tuple[int, int]
@@ -117,7 +118,8 @@ class Proof:
             return
         have = [n for n, p in self.trained.items() if n not in self.norms and p.grad is not None]
         found = torch._foreach_norm([self.trained[n].grad.float() for n in have]) if have else []  # type: ignore[union-attr]
-        values = torch.stack([n.cpu() for n in found]).tolist() if found else []
+        whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in found]  # pieces on several ranks
+        values = torch.stack([n.cpu() for n in whole]).tolist() if whole else []
         for name, norm in zip(have, values, strict=True):
             if norm > 0 and norm < float("inf"):
                 self.norms[name] = norm
@@ -178,7 +180,7 @@ class Proof:
         tensors = {**self.trained, **self.frozen}
         bad = not_finite(tensors)
         if bad:
-            count = int((~torch.isfinite(tensors[bad[0]].detach())).sum())
+            count = int((~torch.isfinite(_own(tensors[bad[0]]))).sum())
             raise ProofError(
                 f"stage {self.stage!r}, after step {step}: {len(bad)} of {len(tensors)} tensors hold values that "
                 f"are not finite ({_some(bad)}; {count} of {tensors[bad[0]].numel()} of the first), although the loss "
@@ -256,7 +258,7 @@ class Proof:
 def write(report: Report, path: Path) -> None:
     """``proof.json``, written aside and moved into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(report.dump(), indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
@@ -307,10 +309,13 @@ def kinds_of(model: Any, name: str) -> set[str] | None:
 
 @torch.no_grad()
 def marks(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
-    """The mark of each tensor. One transfer from the device for all of them."""
+    """The mark of each tensor; of one in pieces on several ranks, the sum over them, so that all ranks see the same.
+
+    One transfer from the device for all of them.
+    """
     found: list[Tensor] = []
     for tensor in tensors.values():
-        found += _mark(tensor.detach())
+        found += _mark(_own(tensor))
     if not found:
         return {}
     devices: dict[torch.device, list[int]] = {}
@@ -318,7 +323,10 @@ def marks(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
         devices.setdefault(value.device, []).append(i)
     numbers = [0] * len(found)
     for places in devices.values():
-        for i, value in zip(places, torch.stack([found[i] for i in places]).tolist(), strict=True):
+        together = torch.stack([found[i] for i in places])
+        if any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
+            torch.distributed.all_reduce(together)
+        for i, value in zip(places, together.tolist(), strict=True):
             numbers[i] = value
     return {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(tensors)}
 
@@ -326,15 +334,26 @@ def marks(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the floating tensors that hold a value which is no finite number."""
-    floats = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+    floats = {name: _own(t) for name, t in tensors.items() if t.is_floating_point()}
     if not floats:
         return []
     # a sum of absolute values is finite unless a value is not, or it overflows; only then is each value looked at
     sums = torch.stack(
         [t.abs().sum(dtype=torch.float64 if t.device.type != "mps" else None).cpu() for t in floats.values()]
     )
+    pieces = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+    if pieces:
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, sums)
+        sums = torch.stack(gathered).sum(0)
     odd = (~torch.isfinite(sums)).tolist()
-    return [name for name, o in zip(floats, odd, strict=True) if o and not torch.isfinite(floats[name]).all()]
+    return [name for name, o in zip(floats, odd, strict=True) if o and (pieces or not finite(floats[name]))]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's piece of a tensor; the tensor itself where it is whole."""
+    local = getattr(tensor, "to_local", None)
+    return (local() if local is not None else tensor).detach()
 
 
 def _mark(tensor: Tensor) -> tuple[Tensor, Tensor]:
