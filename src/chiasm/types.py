@@ -223,6 +223,7 @@ class Batch:
     target_mask: Tensor | None = None  # [B, S] bool, False at padding
     sources: list[str] = field(default_factory=list)
     labelled: bool = True  # False: no token is a target (generation)
+    labels: Tensor | None = None  # [n] flat positions in [B*T] whose next token is a target; found when a batch moves
 
     def to(self, device: Any, dtype: Any = None) -> Batch:
         """A copy on ``device``; floating media tensors also change to ``dtype``."""
@@ -253,7 +254,16 @@ class Batch:
             move(self.target_mask),
             self.sources,
             self.labelled,
+            move(self.label_positions()) if str(device).split(":")[0] != "cpu" else None,
         )
+
+    def label_positions(self) -> Tensor:
+        """The flat positions ``[n]`` in ``[B·T]`` whose next token is a target of the same segment."""
+        if self.labels is not None:
+            return self.labels
+        same = self.segment_ids[:, 1:] == self.segment_ids[:, :-1]  # [B, T-1]
+        rows, columns = (self.loss_mask[:, 1:] & same).nonzero(as_tuple=True)
+        return rows * self.input_ids.shape[1] + columns
 
 
 # ------------------------------------------------------------------------------------------------ tensors of a model

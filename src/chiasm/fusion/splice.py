@@ -214,8 +214,8 @@ class Splice(Fusion):
 
 def labelled(batch: Batch) -> tuple[Tensor, Tensor]:
     """Rows and columns ``[n]`` whose next token is a target of the same segment."""
-    same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
-    return torch.nonzero(batch.loss_mask[:, 1:] & same, as_tuple=True)  # type: ignore[return-value]
+    positions, width = batch.label_positions(), batch.input_ids.shape[1]
+    return positions // width, positions % width
 
 
 def last(batch: Batch) -> Tensor:

@@ -12,12 +12,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from chiasm import registry
 from chiasm.data.features import FeatureCache
@@ -46,11 +47,11 @@ class NotFinite(ChiasmError):
 class Tally:
     """Sums over the micro-batches of a step, or over the steps between two log lines."""
 
-    total: float = 0.0
+    total: float | Tensor = 0.0
     weight: float = 0.0
     samples: int = 0
     positions: int = 0
-    parts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    parts: dict[str, tuple[float | Tensor, float | Tensor]] = field(default_factory=dict)
     ids: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
@@ -68,11 +69,20 @@ class Tally:
         """What a checkpoint keeps so that the next line of a resumed log is the same; counts for speed begin anew."""
         return {"total": float(self.total), "weight": float(self.weight), "parts": self.parts}
 
+    def read(self) -> Tally:
+        """The same in plain numbers: the one place where the host waits for the device's sums."""
+        values = [self.total, *(value for pair in self.parts.values() for value in pair)]
+        held = [v.detach().double() for v in values if isinstance(v, Tensor)]
+        numbers = iter(torch.stack(held).tolist() if held else ())
+        total, *rest = (next(numbers) if isinstance(v, Tensor) else v for v in values)
+        parts = dict(zip(self.parts, zip(rest[::2], rest[1::2], strict=True), strict=True))
+        return replace(self, total=total, parts=parts)
+
     def means(self) -> dict[str, float]:
         """The mean loss, and that of each part where there are several."""
         several = self.parts if len(self.parts) > 1 else {}
-        parts = {f"loss/{name}": total / weight for name, (total, weight) in several.items() if weight}
-        return {"loss": self.total / max(1.0, self.weight)} | parts
+        parts = {f"loss/{name}": float(total / weight) for name, (total, weight) in several.items() if weight}
+        return {"loss": float(self.total / max(1.0, self.weight))} | parts
 
 
 class StageRun:
@@ -156,7 +166,7 @@ class StageRun:
                     step_tally.add(self.backward(batch, spec))
                 if spec.part + 1 < spec.parts:
                     continue
-                step_tally = self.ranks.joined(step_tally)
+                step_tally = self.ranks.joined(step_tally.read())
                 # A step whose samples were all skipped changes nothing.
                 norm, share = self.update(spec.step, step_tally) if step_tally.ids else (0.0, 0.0)
                 self.since.add(step_tally)
@@ -180,9 +190,9 @@ class StageRun:
         if self.features:
             batch = self.features.fill(batch)
         loss = self.objective(self.model, batch)
-        total = float(loss.total.detach())
-        if not math.isfinite(total):
-            raise NotFinite(self._not_finite(spec.step, f"the loss is {total}", batch.ids, batch))
+        total = loss.total.detach()
+        if total.device.type == "cpu" and not math.isfinite(float(total)):  # accelerators are asked once a step
+            raise NotFinite(self._not_finite(spec.step, f"the loss is {float(total)}", batch.ids, batch))
         if loss.total.requires_grad:
             loss.total.backward()
             self.masters.collect()
@@ -194,6 +204,8 @@ class StageRun:
         """One optimizer step from the summed gradients. Returns the gradient norm and the schedule's share."""
         if tally.weight == 0:
             raise DataError(f"step {step + 1}: 0 target tokens in {len(tally.ids)} samples: {_some(tally.ids)}")
+        if not math.isfinite(tally.total):
+            raise NotFinite(self._not_finite(step, f"the loss is {tally.total}", tally.ids))
         gradients = self.ranks.reduce(self.masters)
         norm = optim.scale_and_clip(gradients, tally.weight, self.stage.max_grad_norm, self.ranks.norm(self.masters))
         if not math.isfinite(norm):

@@ -3,7 +3,7 @@ whole batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class Loss:
 
     total: Tensor  # [] float32
     weight: float
-    parts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    parts: Mapping[str, tuple[float | Tensor, float | Tensor]] = field(default_factory=dict)
 
 
 Objective = Callable[[Fusion, Batch], Loss]

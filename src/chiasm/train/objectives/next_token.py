@@ -22,13 +22,13 @@ def next_token(model: Fusion, batch: Batch) -> Loss:
     return Loss(total, losses.numel(), by_source(batch, output, losses))
 
 
-def by_source(batch: Batch, output: Output, losses: Tensor) -> dict[str, tuple[float, float]]:
-    """Loss sums and token counts of each data source in the batch."""
+def by_source(batch: Batch, output: Output, losses: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Loss sums and token counts of each data source in the batch, ``[]`` each, still on the device."""
     names = sorted(set(batch.sources))
     number = torch.tensor([names.index(s) for s in batch.sources], device=losses.device)[owners(batch, output)]  # [n]
     sums = torch.zeros(len(names), device=losses.device).index_add(0, number, losses)
     counts = torch.bincount(number, minlength=len(names))
-    return {f"source/{n}": (s, c) for n, s, c in zip(names, sums.tolist(), counts.tolist(), strict=True)}
+    return {f"source/{n}": (s, c) for n, s, c in zip(names, sums, counts, strict=True)}
 
 
 def owners(batch: Batch, output: Output) -> Tensor:
