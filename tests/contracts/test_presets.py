@@ -125,17 +125,20 @@ def test_parameters_are_those_of_transformers(name):
         assert sum(parameter.numel() for parameter in wider.parameters()) == number
 
 
-BLIP2 = [name for name in NAMES if name.startswith("blip2-")]
+BLIP2 = [name for name in NAMES if name.startswith(("blip2-", "instructblip-"))]
 
 
 @pytest.mark.parametrize("name", BLIP2)
 def test_parameters_of_blip2_are_those_of_transformers(name):
     transformers = pytest.importorskip("transformers")
     record = record_of(name)
-    text_config = record.config().model.lm.config
-    config = transformers.Blip2Config(vision_config={}, qformer_config={}, text_config=text_config)
+    lm = record.config().model.lm
+    text_config = lm.config if lm.type == "hf" else {"7b": VICUNA_7B, "13b": VICUNA_13B}[name.split("-")[-1]]
+    text_config = text_config | ({"vocab_size": 32001} if lm.type == "decoder" else {})
+    kind, qformer = ("InstructBlip", {"vocab_size": 30523}) if name.startswith("instruct") else ("Blip2", {})
+    config = getattr(transformers, f"{kind}Config")(vision_config={}, qformer_config=qformer, text_config=text_config)
     with torch.device("meta"):
-        model = transformers.Blip2ForConditionalGeneration(config)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     if text_config["model_type"] == "t5":  # Flan-T5 has its own head; transformers 5 gives it when it loads one
         assert model.language_model.lm_head.weight is model.language_model.shared.weight
@@ -246,6 +249,8 @@ TEMPLATE_OF = {
     "llava-next-interleave-7b": "qwen_1_5",
     "llava-onevision-72b": "qwen_1_5",
     "blip2-opt-6.7b": "blip2_opt",
+    "instructblip-vicuna-13b": "instructblip",
+    "instructblip-flan-t5-xl": "blip2_t5",
     "blip2-flan-t5-xxl": "blip2_t5",
 }
 
@@ -296,7 +301,7 @@ def test_records_are_complete(name):
     assert config.provenance.preset == name and config.provenance.licences and config.provenance.paper == record.paper
     assert VLMConfig.parse(json.loads(json.dumps(config.dump()))).hash() == config.hash()
     assert record.system.arxiv is None or f"arXiv:{record.system.arxiv}" in record.paper
-    first = {"LLaVA-1": 2e-3, "BLIP-2": 1e-4}.get(record.family, 1e-3)
+    first = {"LLaVA-1": 2e-3, "BLIP-2": 1e-4, "InstructBLIP": 1e-4}.get(record.family, 1e-3)
     assert len(record.stages) >= 2 and record.stages[0].lr == first
     built = [n for n, _ in build_model(preset(name, tiny=True).model, device="meta").named_parameters()]
     for stage in record.stages:
@@ -308,7 +313,7 @@ def test_records_are_complete(name):
 
 def test_presets_differ_from_each_other():
     hashes = {record.function().hash() for record in presets()}
-    assert len(hashes) == len(NAMES) == 21
+    assert len(hashes) == len(NAMES) == 25
 
 
 def test_unknown_preset_says_which_are_near():
@@ -389,7 +394,8 @@ def tokenizer(tmp_path_factory):
     core.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    return Tokenizer.from_folder(folder)
+    made = Tokenizer.from_folder(folder)
+    return made.with_instruction(made)
 
 
 @pytest.mark.parametrize("name", NAMES)

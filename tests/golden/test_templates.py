@@ -101,6 +101,7 @@ def test_mmtag_and_plain(tokenizers: dict) -> None:
 
 BLIP = {
     "blip2_opt": "<image><s>Question: what? Short answer:A1\n",
+    "instructblip": "<image><s>Question: what? Short answer: A1</s>",
     "blip2_t5": "<image>Question: what? Short answer:A1</s>",
 }
 

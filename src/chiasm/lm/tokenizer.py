@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from chiasm.errors import CheckpointError, nearest
-from chiasm.lm.tokenizer_files import TokenizerFiles
+from chiasm.lm.tokenizer_files import NAMES, SECOND, TokenizerFiles
 from chiasm.lm.tokenizer_json import JsonBackend
 from chiasm.lm.tokenizer_spm import SpmBackend
 from chiasm.types import Encoding, Piece
@@ -52,6 +52,8 @@ class Tokenizer:
         self._open()
 
     def _open(self) -> None:
+        second = self.files.instruction
+        self.instruction: Tokenizer | None = None if second is None else Tokenizer(second)
         backend: Backend = JsonBackend(self.files) if self.files.json is not None else SpmBackend(self.files)
         self.backend = backend
         named = self.files.named
@@ -69,6 +71,11 @@ class Tokenizer:
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """Read ``tokenizer.json`` or ``tokenizer.model`` and the configuration beside it. Raises CheckpointError."""
         return cls(TokenizerFiles.read(Path(path)))
+
+    def with_instruction(self, other: Tokenizer) -> Tokenizer:
+        """This tokenizer, with ``other`` for a connector that reads the instruction; both are saved together."""
+        second = {SECOND + name: held for name, held in other.files.content.items() if SECOND + name in NAMES}
+        return Tokenizer(TokenizerFiles.parse({**self.files.content, **second}, self.files.place))
 
     def save(self, folder: str | Path) -> None:
         """Write the files exactly as they were read."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from chiasm.errors import CheckpointError
 
-NAMES = (
+NAMES: tuple[str, ...] = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -20,6 +20,10 @@ NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# A second tokenizer, for connectors that read the instruction in a vocabulary of their own (InstructBLIP's Q-Former).
+SECOND = "instruction_"
+SECOND_FOLDER = "qformer_tokenizer"  # where transformers keeps it
+NAMES += tuple(SECOND + name for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"))
 ROLES = ("bos", "eos", "pad", "unk")
 
 
@@ -56,11 +60,18 @@ class TokenizerFiles:
     added: list[Added] = field(default_factory=list)
     chat_template: str | None = None
     generation_stops: tuple[int, ...] = ()
+    instruction: TokenizerFiles | None = None
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
         """Read a folder. Raises CheckpointError where it holds no tokenizer that is understood."""
         content = {name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()}
+        second = folder / SECOND_FOLDER
+        content |= {
+            name: p.read_bytes()
+            for name in NAMES
+            if (p := second / name.removeprefix(SECOND)).is_file() and name.startswith(SECOND)
+        }
         if not content.keys() & {"tokenizer.json", "tokenizer.model"}:
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise CheckpointError(
@@ -90,6 +101,8 @@ class TokenizerFiles:
         files = cls(place, content, body, config)
         files.named = _named(config, special_map)
         files.added = _added(body or {}, config, special_map, table("added_tokens.json"), files.named)
+        other = {name.removeprefix(SECOND): held for name, held in content.items() if name.startswith(SECOND)}
+        files.instruction = cls.parse(other, f"{place}, for instructions") if other else None
         files.chat_template = _chat_template(content, config, table("chat_template.json"))
         files.generation_stops = tuple(stops) if isinstance(stops, list) else () if stops is None else (int(stops),)
         return files

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from chiasm import registry
 from chiasm.model_config import VLMConfig
-from chiasm.presets import blip2, hf_blip2, hf_llava, llava, llava_next, llava_onevision, original_llava
+from chiasm.presets import blip2, hf_blip2, hf_llava, instructblip, llava, llava_next, llava_onevision, original_llava
 from chiasm.presets.record import Preset
 from chiasm.presets.tiny import VOCAB
 from chiasm.presets.tiny import tiny as shrink
@@ -19,6 +19,7 @@ __all__ = [
     "blip2",
     "hf_blip2",
     "hf_llava",
+    "instructblip",
     "llava",
     "llava_next",
     "llava_onevision",

@@ -16,6 +16,7 @@ from chiasm import registry
 from chiasm.compose import build_model
 from chiasm.config import Config
 from chiasm.errors import ConfigError
+from chiasm.fusion.assembly import blank_condition
 from chiasm.fusion.base import Fusion
 from chiasm.fusion.merge import SpatialUnpad
 from chiasm.fusion.pool import Pool
@@ -76,7 +77,10 @@ def flow(
     units = torch.empty(layout.units, *layout.shape, device="meta")
     slots = torch.arange(count, device="meta")
     network: Any = model
-    network.encode(kind, MediaBatch(units, [layout], slots, [count], [0]), ["example"], named)
+    media = MediaBatch(units, [layout], slots, [count], [0])
+    if config.model.connectors[stream.connector].conditioned:
+        media.cond = blank_condition(1, "meta")
+    network.encode(kind, media, ["example"], named)
     connector = f"connectors.{stream.connector} ({config.model.connectors[stream.connector].type})"
     features = named[f"{kind}/features"]
     steps = [Step(_unit_words(config, kind, layout), tuple(units.shape))]
@@ -137,6 +141,7 @@ def options(config: Config) -> str:
 def arithmetic(config: VLMConfig, kind: str, layout: Layout) -> str:
     """How the tokens of a medium come about: ``729 + 40 x (54 + 1)``."""
     stream, unit = config.model.stream(kind), config.model.unit_count(kind, layout.shape)
+    layout = config.model.joined(kind, layout)
     merge = stream.merge
     if isinstance(merge, SpatialUnpad.Config) and layout.grid != (0, 0):
         rows, columns = merge.shrunk(merge.kept(layout, unit), unit)

@@ -42,6 +42,11 @@ QFORMER = (
     "The Q-Former: states within 1e-5 and gradients within 1e-4 of transformers' `Blip2QFormerModel` with queries that "
     "are not zero; the three masks against two passes and on paper. `tests/parity/test_qformer.py`"
 )
+WHOLE = (
+    "The whole model: token ids and pixels equal to those of transformers' class, logits within 1e-5, gradients within "
+    "1e-4, the same text greedily and by beams, with OPT and with Flan-T5, on small random models saved by "
+    "transformers. `tests/parity/test_blip2_hf.py`"
+)
 TINY = (
     "The tiny form: a batch of one picture, none and two equals each alone, and an answer depends on its own picture "
     "only; every parameter that runs gets a gradient. `tests/contracts/test_presets.py`"
@@ -99,7 +104,7 @@ def _system(second: Stage) -> System:
             "text is the encoder's side, the answer the decoder's, and a caption without a prefix has an empty user "
             "text.",
         ),
-        verified=(TOWER, QFORMER, TINY),
+        verified=(TOWER, QFORMER, WHOLE, TINY),
     )
 
 

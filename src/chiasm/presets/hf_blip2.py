@@ -51,19 +51,20 @@ _TOP = {"num_query_tokens": 32, "image_token_index": None}
 
 @register("checkpoint", "hf_blip2")
 class HFBlip2(Reader):
-    """``Blip2ForConditionalGeneration``, with OPT, T5 or any other language model of transformers."""
+    """``Blip2ForConditionalGeneration`` and ``InstructBlipForConditionalGeneration``, with any language model."""
 
     name = "hf_blip2"
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """By ``model_type``."""
-        return values.get("model_type") == "blip-2"
+        return values.get("model_type") in ("blip-2", "instructblip")
 
     def read(self, folder: Path, values: Mapping[str, Any], options: Options) -> Checkpoint:
         """See the contract."""
         where, c = str(folder), _TOP | dict(values)
         weights = open_weights(folder, options.allow_pickle)
         lm = language_model(c, weights, where)
+        reads = c["model_type"] == "instructblip"
         qformer = QFORMER | (c.get("qformer_config") or {})
         if qformer["use_qformer_text_input"]:
             raise CheckpointError(f"{where} holds BLIP-2 for retrieval, which writes no text: it is not read")
@@ -73,16 +74,21 @@ class HFBlip2(Reader):
         model = {
             "type": "splice",
             "encoders": {"image": tower(vision, where)},
-            "connectors": {"image": bridge(qformer, c["num_query_tokens"], where)},
+            "connectors": {"image": bridge(qformer, c["num_query_tokens"], reads, where)},
             "lm": lm.config,
             "media": {"image": {"merge": {"type": "flat"}}},
         }
         processing = processing_of(folder, c, tokenizer, written, options)
+        if reads:
+            processing["instruction"] = {"max_length": qformer["max_position_embeddings"]}
+            if tokenizer.instruction is None:
+                raise CheckpointError(f"{where} has no qformer_tokenizer, which reads the instruction")
         config = VLMConfig.parse(
             {"model": model, "processing": processing, "provenance": Provenance(base={"all": where})}, where=where
         )
         check_sizes(config, tokenizer, where)
-        return Checkpoint(config, weights, rules(vision, maps_blip.qformer_blip2(), lm.rules), folder)
+        bridge_rules = maps_blip.qformer_instruct() if reads else maps_blip.qformer_blip2()
+        return Checkpoint(config, weights, rules(vision, bridge_rules, lm.rules), folder)
 
 
 def rules(vision: Mapping[str, Any], qformer: list[AnyRule], lm: list[AnyRule]) -> list[AnyRule]:
@@ -116,8 +122,9 @@ def tower(c: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def bridge(c: Mapping[str, Any], queries: int, where: str) -> dict[str, Any]:
-    """The Q-Former as ``qformer``, without a text half."""
+def bridge(c: Mapping[str, Any], queries: int, reads: bool, where: str) -> dict[str, Any]:
+    """The Q-Former as ``qformer``, with a text half where it reads the instruction."""
+    text = {"vocab": c["vocab_size"], "positions": c["max_position_embeddings"]}
     if c["hidden_act"] not in _ACTIVATIONS:
         raise CheckpointError(f"{where}: a Q-Former with hidden_act={c['hidden_act']!r} is not supported")
     return {
@@ -130,6 +137,7 @@ def bridge(c: Mapping[str, Any], queries: int, where: str) -> dict[str, Any]:
         "cross_every": c["cross_attention_frequency"],
         "activation": _ACTIVATIONS[c["hidden_act"]],
         "norm_eps": c["layer_norm_eps"],
+        **({"text": text, "instruction": True} if reads else {}),
     }
 
 
@@ -162,10 +170,11 @@ def processing_of(
             f"{where}: config.json names no image_token_index, as folders of before transformers 4.46 do; save it "
             "again with a newer version, which adds the token"
         )
+    causal = "instructblip" if c["model_type"] == "instructblip" else "blip2_opt"
     token = tokenizer.token_of(c["image_token_index"]) or ""
     check_token(tokenizer, token, c["image_token_index"], "image", where)
     return {
-        "template": options.template or ("blip2_t5" if written else "blip2_opt"),
+        "template": options.template or ("blip2_t5" if written else causal),
         "media": {"image": read_image(tables["image"], token, "BlipImageProcessor", where)},
         "padding_side": tokenizer.files.config.get("padding_side", "right"),
         "target": "decoder" if written else "sequence",

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from chiasm.errors import DataError
-from chiasm.types import Batch, MediaBatch, MediaItem, Sample
+from chiasm.types import Batch, Condition, MediaBatch, MediaItem, Sample
 
 
 def collate(samples: Sequence[Sample], pad_id: int, padding_side: Literal["right", "left"] = "right") -> Batch:
@@ -95,7 +96,22 @@ def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> Medi
         owners=[owner for owner, _ in found],
         keys=[item.key for _, item in found] if any(item.key for _, item in found) else [],
         given=[len(item.inputs) for _, item in found],
+        cond=_condition([item.cond for _, item in found]),
     )
+
+
+def _condition(rows: Sequence[torch.Tensor | None]) -> Condition | None:
+    """The instruction of each item, padded on the right; None where the items have none."""
+    held = [row for row in rows if row is not None]
+    if len(held) != len(rows):
+        if held:
+            raise DataError(
+                f"{len(held)} of {len(rows)} media carry an instruction; make all samples with one Processor"
+            )
+        return None
+    lengths = torch.tensor([len(row) for row in held])
+    ids = pad_sequence(held, batch_first=True)  # [items, L]
+    return Condition(ids, torch.arange(ids.shape[1]) < lengths.unsqueeze(1))
 
 
 def _targets(samples: Sequence[Sample], pad_id: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

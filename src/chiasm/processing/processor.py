@@ -63,6 +63,15 @@ def _template(values: Any) -> Any:
     return template(values)
 
 
+class Instruction(Config):
+    """The text of the last user turn, for a connector that reads it with the tokenizer's second vocabulary.
+
+    ``max_length`` counts its tokens, with those that open and end it; a longer text is refused.
+    """
+
+    max_length: int = 512
+
+
 class ProcessingConfig(Config):
     """How conversations become samples.
 
@@ -79,6 +88,7 @@ class ProcessingConfig(Config):
     target: Literal["sequence", "decoder"] = "sequence"
     decoder_start: str | None = None  # the token that opens the decoder's side; None: the padding token
     box: BoxFormat = BoxFormat()
+    instruction: Instruction | None = None  # for connectors that read it
     stop_strings: tuple[str, ...] = ()  # further strings that generation stops on
 
 
@@ -112,6 +122,11 @@ class Processor:
                 f"tokens: "
                 "they would be read as ordinary text; choose a template that fits the tokenizer or add the tokens to it"
             )
+        if config.instruction and getattr(tokenizer, "instruction", None) is None:
+            raise ConfigError(
+                "processing.instruction is set, but the tokenizer has no second vocabulary to read it with: "
+                "tokenizer.with_instruction(other), or a folder that holds instruction_tokenizer.json"
+            )
         self._end_ids, self._end_string = self._answer_end()
         self._always = self._always_trained()
         self.fill_id = next(i for i in (tokenizer.pad_id, tokenizer.unk_id, 0) if i is not None)
@@ -143,6 +158,7 @@ class Processor:
         parsed = parse(messages, id)
         items = self._open(parsed, id)
         parsed = self._boxes(parsed, items, id)
+        items = self._instructed(parsed, items, id)
         if train:
             _check_answers(parsed, id)
         target = None
@@ -288,6 +304,22 @@ class Processor:
         regions = seen_regions(parsed, self._open(parsed, id), self.front_ends.get("image"), id)
         region = region_of(Box((0, 0, 0, 0), image), regions, id)
         return [Box(xyxy, image) for xyxy in self.config.box.read(text, region)]
+
+    def _instructed(self, messages: Sequence[Message], items: list[MediaItem], id: str) -> list[MediaItem]:
+        """Every medium with the ids of the instruction, where the model reads it."""
+        if self.config.instruction is None:
+            return items
+        reader: Any = self.tokenizer.instruction  # type: ignore[attr-defined]
+        text = next((m.text for m in reversed(messages) if m.role == "user"), "")
+        ids = [*reader.prefix, *reader.encode_pieces([Piece(text)]).ids, *reader.suffix]
+        if len(ids) > self.config.instruction.max_length:
+            raise DataError(
+                f"sample {id!r}: its instruction has {len(ids)} tokens for the connector, which reads at most "
+                f"{self.config.instruction.max_length}; shorten it, or raise processing.instruction.max_length as far "
+                "as the connector has positions",
+                "too_long",
+            )
+        return [replace(item, cond=torch.tensor(ids, dtype=torch.long)) for item in items]
 
     def _target(self, messages: Sequence[Message], id: str) -> list[int]:
         """The decoder's side: start token, last answer, end."""

@@ -131,6 +131,7 @@ TEMPLATES: dict[str, TurnsConfig] = {
     # BLIP-2: the picture stands before the token that opens OPT's text, and a line break ends an answer. Prompts are
     # the user's: "Question: ... Short answer:".
     "blip2_opt": TurnsConfig(answer=Answer(end="\n"), media_suffix="{bos}"),
+    "instructblip": TurnsConfig(answer=Answer(lead=" ", end="{eos}"), media_suffix="{bos}"),
     "blip2_t5": TurnsConfig(answer=Answer(end="{eos}"), media_suffix=""),
     "bare": TurnsConfig(user_turn=Turn(suffix="\n"), answer=Answer(end="{eos}")),
 }
