@@ -132,9 +132,9 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
         "",
         f"`python benchmarks/methods.py`: {options.steps} steps of 16 samples from one base model that has learned "
         "captions only; the language model is taught the playground's questions by each method. Peak is the process's "
-        "resident memory over that of its imports (most of it the interpreter's own libraries at this size); a step's time "
-        f"is the median, on a machine that did other work too. {options.limit} held-out questions: a difference under "
-        "6 points of accuracy is chance.",
+        "resident memory over that of its imports (most of it the interpreter's own libraries at this size); a step's "
+        f"time is the median, on a machine that did other work too. {options.limit} held-out questions: a difference "
+        "under 6 points of accuracy is chance.",
         "",
         "| method | plan for `lm` | trained | of all | step, ms | peak, MB | last loss | exact answers |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
