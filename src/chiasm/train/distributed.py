@@ -285,7 +285,7 @@ def started(device: str, mode: Mode = "replicate", patience: float = 600.0) -> I
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not running:
-        limit = datetime.timedelta(seconds=2 * patience)  # the watchdog speaks first
+        limit = datetime.timedelta(seconds=max(60.0, 2 * patience))  # the watchdog speaks first
         dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
     from chiasm.train.shard import Shards
 
@@ -296,4 +296,5 @@ def started(device: str, mode: Mode = "replicate", patience: float = 600.0) -> I
     finally:
         ranks.close()
     if not running:
+        ranks.wait("parting")  # rank 0 holds the store that the others' watchdogs read until now
         dist.destroy_process_group()

@@ -26,7 +26,7 @@ from chiasm.data.loader import BatchPlan, Renderer, Spec, load
 from chiasm.data.mixture import Mixture
 from chiasm.data.quarantine import BadSamples, Skips
 from chiasm.data.randomness import forked
-from chiasm.errors import CheckpointError, ChiasmError, DataError
+from chiasm.errors import CheckpointError, ChiasmError, ConfigError, DataError
 from chiasm.train import checkpoint, optim, speed
 from chiasm.train.distributed import ALONE, Alone
 from chiasm.train.log import Bars, JsonLog, print_plan
@@ -125,11 +125,15 @@ class StageRun:
         mark = checkpoint.digest(self.model, self.plan.rates)
         self.ranks.alike("the weights", checkpoint.digest(self.model, dict.fromkeys(self.plan.rates)))
         ordinary, self.model = self.model, self.ranks.place(self.model, self.stage.dtype)
+        if self.ranks.sharded and self.probe:
+            self.probe.use(self.model)  # type: ignore[attr-defined]
         self.masters = optim.Masters(self.model, self.plan, self.low)
         self.optimizer = optim.adamw(self.masters, self.plan, self.stage.weight_decay, self.stage.betas)
         self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
         print_plan(self.console, self.stage.name, self.plan)
         folder = self.stage.feature_cache
+        if folder and self.ranks.sharded:
+            raise ConfigError("feature_cache needs the whole encoder on each rank; use parallel: replicate")
         self.features = FeatureCache(folder, self.model) if folder else None
         try:
             speed.prepare(self.model, self.stage)
@@ -146,6 +150,8 @@ class StageRun:
             speed.settle(self.model)
             self.model.eval()
         self.model = self.ranks.whole(ordinary).eval()
+        if self.ranks.sharded and self.probe:
+            self.probe.use(self.model)  # type: ignore[attr-defined]
 
     def _run(self, start: int) -> None:
         most = self.bad.most(len(self.batches.mixture))
@@ -194,7 +200,7 @@ class StageRun:
         if total.device.type == "cpu" and not math.isfinite(float(total)):  # accelerators are asked once a step
             raise NotFinite(self._not_finite(spec.step, f"the loss is {float(total)}", batch.ids, batch))
         if loss.total.requires_grad:
-            loss.total.backward()
+            (loss.total if any(batch.ids) else 0 * loss.total).backward()
             self.masters.collect()
         if not any(batch.ids):  # padding, so that this rank keeps in step
             return Tally()

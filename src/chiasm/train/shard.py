@@ -6,7 +6,7 @@ rank; a block's weights are gathered while it runs. Frozen parts are spread too.
 Gathering is a meeting of all ranks, so all must run the same blocks in the same order. Before each micro-batch the
 ranks tell each other which kinds of media they hold; where one has a kind, every other runs that encoder and connector
 too, on a batch of **zero** pictures: no arithmetic, gradients of exactly zero, and every meeting is kept. No picture is
-invented. A rank that has no sample left runs one row of padding, which nothing is learned from.
+invented. A rank that has no sample left runs a row of two tokens, whose loss counts 0 times.
 
 FSDP's own arithmetic is a mean over ranks; its divisor is set to 1, so that sums stay sums.
 """
@@ -209,6 +209,9 @@ def nothing(shape: tuple[int, ...], instruction: int | None) -> MediaBatch:
 
 
 def padding() -> Batch:
-    """One row ``[1, 2]`` of padding: nothing is seen and nothing learned."""
+    """One row ``[1, 2]`` that belongs to no sample; its loss, of one target, is multiplied by 0: all parts are run, and
+    nothing is learned.
+    """
     ids = torch.zeros(1, 2, dtype=torch.long)
-    return Batch(ids, ids.clone(), ids.clone(), ids.bool(), ids=[""], sources=[""])
+    one = torch.ones_like(ids)
+    return Batch(ids, torch.arange(2).unsqueeze(0), one, one.bool(), ids=[""], sources=[""])
