@@ -20,6 +20,7 @@ from chiasm.errors import DataError
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
 from chiasm.train.distributed import ALONE, Alone, started
+from chiasm.train.kept import check_saved, through_merge
 from chiasm.train.live import LivePage
 from chiasm.train.loop import StageRun
 from chiasm.train.methods.settle import settle
@@ -149,7 +150,9 @@ class Run:
         self.vlm.config = self.vlm.config.model_copy(update={"provenance": self.vlm.config.provenance.add(event)})
         with TemporaryDirectory() as elsewhere:  # every rank merges, the first writes
             adapter = folder / "adapter" if self.ranks.first else Path(elsewhere)
-            told = settle(self.vlm, run.plan, adapter, self.base)
+            learned = [name for name, rate in run.plan.rates.items() if rate is not None]
+            with through_merge(self.vlm.model, learned, moved=run.watch.proof.first is not None):
+                told = settle(self.vlm, run.plan, adapter, self.base)
         if told:
             self.console.print(f"Stage {stage.name}: {told}", highlight=False, soft_wrap=True)
         self.base = str(model)
@@ -160,6 +163,7 @@ class Run:
     def _save(self, stage: Stage, run: StageRun, model: Path, folder: Path) -> None:
         """What a finished stage leaves in its folder."""
         self.vlm.save(model)
+        check_saved(self.vlm.model, model)
         (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
         write_json(folder / "done.json", {"model": str(model), "steps": run.steps})
         shutil.rmtree(

@@ -14,6 +14,7 @@ from chiasm.data.loader import Spec, load
 from chiasm.errors import ChiasmError, DataError
 from chiasm.train import proof
 from chiasm.train.faults import first_bad
+from chiasm.train.kept import check_reach
 from chiasm.train.masks import check_masks
 from chiasm.train.proof import Proof, ProofError, Report
 from chiasm.types import Batch
@@ -30,6 +31,7 @@ class Watch:
         self.run, self.random = run, set(random)
         self.console: Console = run.console
         self.stop = run.stage.proof == "stop"
+        check_reach(run.stage.table(), run.masters.masters)
         epoch = run.batches.steps_per_epoch
         self.proof = Proof(run.stage.name, run.model, run.masters.masters, epoch, resumed)
         self.read = False  # whether a batch's mask was read back
