@@ -50,7 +50,7 @@ CASES = [
     Case("parity-tiny-1", "tiny", 1, "float32", 5, "captions, connector trained"),
     Case("parity-tiny-2", "tiny", 2, "float32", 5, MIXED),
     Case("mixed-tiny", "tiny", 2, "bf16", 6, MIXED, {"pack": True}),
-    Case("mixed-135M", "135M", 2, "bf16", 4, MIXED, {"pack": True}),
+    Case("mixed-135M", "135M", 2, "bf16", 3, MIXED, {"pack": True}),
     Case("align-135M", "135M", 1, "bf16", 3, "captions, connector trained, nothing stored", {"pack": True}),
     Case(
         *("cached-small-lm", "small-lm", 1, "bf16", 9, "captions, features stored, from the second epoch on"),
