@@ -61,6 +61,25 @@ def test_many_turns_many_images_and_video_are_there():
     assert clip.kind == "video" and len(clip.data) == 4 and clip.fps == 1.0
 
 
+def test_a_task_named_twice_gives_other_examples():
+    made = source(tasks=("scene_qa", "digit_qa", "scene_qa"), length=30)
+    examples = [made[i] for i in range(30)]
+    assert len({e.id for e in examples}) == 30
+    assert [e.id for e in examples if e.task == "scene_qa"] == [
+        source(tasks=("scene_qa",), length=20)[i].id for i in range(20)
+    ]
+
+
+def test_code_words_say_as_much_as_the_description():
+    """In the share told in code words, nine words stand for the nine places, each a token's worth."""
+    told = PlaygroundText(PlaygroundText.Config(tasks=("scene_qa", "digit_qa"), length=20, shorthand=1.0))
+    for i in range(20):
+        scene = told.compose(i)[0]
+        words = told[i].messages[0].text.split()[:9]
+        assert [w != "void" for w in words] == [any(t.place == p for t in scene) for p in range(9)]
+        assert {w for w in words if w != "void"} == {t.words.replace(" ", "") for t in scene}
+
+
 def test_an_example_depends_on_configuration_and_index_only():
     forward, backward = source(turns=4), source(turns=4)
     there = [forward[i] for i in range(24)]
@@ -122,10 +141,9 @@ def counted(tasks, number: int) -> tuple[dict[str, Counter], dict[str, Counter]]
     for task in tasks:
         made = PlaygroundText(PlaygroundText.Config(tasks=(task,), split="test", length=number))
         for i in range(number):
-            example = made[i]
-            question = example.messages[-2].text.split("\n")[-1]
-            kinds[f"{task}/{example.id.split('/')[4]}"][example.answers[0]] += 1
-            texts[question][example.answers[0]] += 1
+            last = made.compose(i)[2][-1]
+            kinds[f"{task}/{last.kind}"][last.answer] += 1
+            texts[last.text][last.answer] += 1
     return kinds, texts
 
 

@@ -21,12 +21,12 @@ from chiasm.data.sources.playground import TASKS, PlaygroundText
 from chiasm.errors import CheckpointError
 
 CONTROLS = ("<pad>", "<s>", "<|end|>", "<unk>", "<image>", "<video>", "<|user|>", "<|assistant|>")
-VOCAB = 768  # at most; the playground's words need fewer
+VOCAB = 1024  # at most; the playground's words need fewer
 
 
 def texts(examples: int) -> Iterator[str]:
     """Questions, answers and descriptions of the training split."""
-    source = PlaygroundText(PlaygroundText.Config(tasks=tuple(TASKS), length=examples, turns=6))
+    source = PlaygroundText(PlaygroundText.Config(tasks=tuple(TASKS), length=examples, turns=6, shorthand=0.5))
     for index in range(examples):
         for message in source[index].messages:
             yield message.text

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image as Pictures
 
-from chiasm.data.sources.playground.scenes import PLACES, SHAPES, SIZES, Scene, Scenes, Thing, paint, vary
+from chiasm.data.sources.playground.scenes import PLACES, SHAPES, SIZES, Scene, Scenes, Thing, paint, shorthand, vary
 from chiasm.data.sources.playground.world import COLORS, Family, Question, Split
 from chiasm.errors import DataError
 from chiasm.types import Image, Media
@@ -52,7 +52,7 @@ class Digits(Family):
     """Which digit, where, of which colour; the largest, the smallest, the sum."""
 
     name = "digit"
-    kinds = (
+    kinds: tuple[str, ...] = (
         *("digit_of_color", "digit_at", "color_of_digit", "count_digits"),
         *("largest", "smallest", "sum", "greater"),
     )
@@ -78,6 +78,10 @@ class Digits(Family):
     def describe(self, thing: Scene) -> str:
         """``at the top left a red 7 and at the center a small blue star``."""
         return Scenes().describe(thing)
+
+    def shorthand(self, thing: Scene) -> str | None:
+        """``void red7 void …``: nine words, row by row."""
+        return shorthand(thing)
 
     def draw(self, thing: Scene, size: int, rng: Random) -> tuple[Media, ...]:
         """One picture; each digit is turned and sized a little differently."""

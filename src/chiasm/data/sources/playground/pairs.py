@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from chiasm.data.sources.playground.scenes import PLACES, SHAPES, Scene, Scenes, Thing, paint, recolored
+from chiasm.data.sources.playground.scenes import PLACES, SHAPES, Scene, Scenes, Thing, paint, recolored, shorthand
 from chiasm.data.sources.playground.world import COLORS, Family, Question, Split, article
 from chiasm.types import Image, Media, Video
 
@@ -59,6 +59,10 @@ class Pairs(Family):
     def describe(self, thing: Pair) -> str:
         """``first at the top a large red circle; second at the top a large blue circle``."""
         return f"first {Scenes().describe(thing.first)}; second {Scenes().describe(thing.second)}"
+
+    def shorthand(self, thing: Pair) -> str | None:
+        """Twice nine words."""
+        return f"{shorthand(thing.first)} {shorthand(thing.second)}"
 
     def draw(self, thing: Pair, size: int, rng: Random) -> tuple[Media, ...]:
         """Two pictures."""

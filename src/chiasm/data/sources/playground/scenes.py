@@ -83,6 +83,10 @@ class Scenes(Family):
         """``at the top left a small red circle and at the center a large blue star``."""
         return listed([f"at the {PLACES[t.place]} {article(t.words)}" for t in thing])
 
+    def shorthand(self, thing: Scene) -> str | None:
+        """``void smallredcircle void …``: nine words, row by row."""
+        return shorthand(thing)
+
     def draw(self, thing: Scene, size: int, rng: Random) -> tuple[Media, ...]:
         """One picture; places, sizes and the background vary a little."""
         return (Image(paint(thing, size, rng)),)
@@ -100,6 +104,12 @@ class Scenes(Family):
         if kind in ("relation", "relative_color", "relative_shape"):
             return _relation(thing, kind, rng)
         return _attribute(thing, kind, rng)
+
+
+def shorthand(scene: Scene) -> str:
+    """One word for each place, row by row: size, colour and name of what is there, written together; else ``void``."""
+    found = {t.place: t.words.replace(" ", "") for t in scene}
+    return " ".join(found.get(place, "void") for place in range(9))
 
 
 def _attribute(scene: Scene, kind: str, rng: Random) -> Question | None:

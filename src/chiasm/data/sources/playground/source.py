@@ -68,7 +68,7 @@ class PlaygroundConfig(SourceConfig):
     tasks: tuple[str, ...] = QUESTION_TASKS
     length: int = 10_000
     turns: int = 1
-    size: int = 64
+    size: int = 72
     seed: int = 0
 
     @field_validator("tasks")
@@ -83,9 +83,10 @@ class PlaygroundConfig(SourceConfig):
 
 
 class PlaygroundTextConfig(PlaygroundConfig):
-    """As the playground's; ``size`` has no meaning here."""
+    """As the playground's; ``size`` has no meaning here. ``shorthand`` is the share told in code words, one a place."""
 
     type: str = "playground_text"
+    shorthand: float = 0.0
 
 
 @register("source", "playground")
@@ -99,7 +100,7 @@ class Playground(Source):
         return self.config.length
 
     def __getitem__(self, index: int) -> Example:
-        """The example; its id names split, seed, task, kind of the last question and index."""
+        """The example; its id names split, seed, task, kind of the last question and its number in the task."""
         thing, task, questions, rng = self.compose(index)
         media = task.family.draw(thing, self.config.size, rng)
         return self.example(index, questions, media)
@@ -127,13 +128,19 @@ class Playground(Source):
         c = self.config
         if not 0 <= index < c.length:
             raise DataError(f"{self.name}: example {index} was asked for, there are {c.length}")
-        name = c.tasks[index % len(c.tasks)]
-        task, turn = TASKS[name], index // len(c.tasks)
+        name, turn = self.place(index)
+        task = TASKS[name]
         rng = chance(self.config.seed, name, c.split, turn)
         kind = task.kinds[turn % len(task.kinds)]
         thing, question = invent(task.family, kind, turn // len(task.kinds), c.split, rng)
         earlier = more(task.family, thing, {question.text}, task.before or c.turns - 1, rng)
         return thing, task, [*earlier, question], rng
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The task of an example, and its number among the task's examples. With split and seed, all it depends on."""
+        tasks = self.config.tasks
+        lap, slot = divmod(index, len(tasks))
+        return tasks[slot], lap * tasks.count(tasks[slot]) + tasks[:slot].count(tasks[slot])
 
     def example(self, index: int, questions: list[Question], media: tuple[Media, ...]) -> Example:
         """The conversation: media first, then questions and answers in turn."""
@@ -142,8 +149,8 @@ class Playground(Source):
         for i, q in enumerate(questions):
             messages.append(Message("user", (*(media if i == 0 else ()), Text(q.text))))
             messages.append(Message("assistant", (Text(q.answer),)))
-        task, last = c.tasks[index % len(c.tasks)], questions[-1]
-        id = f"{self.name}/{c.split}/{c.seed}/{task}/{last.kind}/{index}"
+        (task, number), last = self.place(index), questions[-1]
+        id = f"{self.name}/{c.split}/{c.seed}/{task}/{last.kind}/{number}"
         return Example(id, tuple(messages), self.name, task, (last.answer,))
 
 
@@ -151,16 +158,17 @@ class Playground(Source):
 class PlaygroundText(Playground):
     """The same world in words: the description stands where the picture would, so a language model learns it unseen."""
 
-    Config = type(
-        "PlaygroundTextConfig", (PlaygroundConfig,), {"type": "playground_text", "__annotations__": {"type": str}}
-    )
+    Config = PlaygroundTextConfig
     name = "playground_text"
 
     def __getitem__(self, index: int) -> Example:
         """The example; caption tasks let the model write the description itself."""
-        thing, task, questions, _ = self.compose(index)
-        told = Text(task.family.caption(thing).answer + "\n")
-        return self.example(index, questions, () if questions[-1].kind == "caption" else (told,))  # type: ignore[arg-type]
+        thing, task, questions, rng = self.compose(index)
+        code = task.family.shorthand(thing) if rng.random() < self.config.shorthand else None
+        if code is None and questions[-1].kind == "caption":
+            return self.example(index, questions, ())
+        told = Text(code or task.family.caption(thing).answer)
+        return self.example(index, questions, (told, Text(" ")))  # type: ignore[arg-type]
 
 
 def more(family: Family, thing: Any, asked: set[str], count: int, rng: Random) -> list[Question]:

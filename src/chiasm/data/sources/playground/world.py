@@ -65,6 +65,10 @@ class Family:
         """A question of this kind about the thing; None where it can't be asked."""
         raise NotImplementedError
 
+    def shorthand(self, thing: Any) -> str | None:
+        """The thing as a row of code words, one for each place, where its family has them."""
+        return None
+
     def caption(self, thing: Any) -> Question:
         """The question for the whole description."""
         words = self.describe(thing)
