@@ -173,8 +173,8 @@ class Splice(Fusion):
             )
         if config.joins_units:
             return _one_or_all(features), media.cond
-        repeats = torch.tensor(units, device=media.cond.ids.device)
-        rows = torch.arange(len(units), device=repeats.device).repeat_interleave(repeats)  # [U]
+        owner = [item for item, count in enumerate(units) for _ in range(count)]
+        rows = torch.tensor(owner, device=media.cond.ids.device)  # [U]
         return _one_or_all(features), Condition(media.cond.ids[rows], media.cond.mask[rows])
 
     def step(self, ids: Tensor, positions: Tensor, segments: Tensor, cache: Any) -> Tensor:
