@@ -41,7 +41,7 @@ class LogSpec(Config):
             if getattr(self, name) and find_spec(package) is None:
                 raise ConfigError(
                     f"log.{name} needs the package {package!r}, which is not installed; "
-                    f"pip install {package}, or take log.{name} out of the recipe (log.jsonl is always written)"
+                    f"pip install 'chiasm[{name}]', or take log.{name} out of the recipe (log.jsonl is always written)"
                 )
 
     @property
