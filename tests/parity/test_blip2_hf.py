@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import chiasm
-from chiasm.errors import CheckpointError, ConfigError, DataError
+from chiasm.errors import CheckpointError, ConfigError, DataError, FingerprintError
 
 VISION = {
     "hidden_size": 32,
@@ -263,6 +263,12 @@ def test_saved_again_in_our_layout(made: Any, ours: Any, tmp_path: Path):
     options = {"max_new_tokens": 6}
     question = talk(QUESTIONS[0], PICTURES[0])
     assert again.generate(question, **options) == ours.generate(question, **options)
+    second = tmp_path / "own" / "instruction_tokenizer.json"
+    assert second.is_file() == (made.reader is not None)
+    if made.reader is not None:  # two letters exchanged: the Q-Former would read other words than it was trained on
+        second.write_text(second.read_text().replace('"w"', '"?w"').replace('"h"', '"w"').replace('"?w"', '"h"'))
+        with pytest.raises(FingerprintError):
+            chiasm.load(tmp_path / "own")
 
 
 def test_the_instruction_matters_and_is_not_cut(made: Any, ours: Any):

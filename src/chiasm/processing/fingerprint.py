@@ -111,7 +111,8 @@ def _print(processor: Processor, messages: list[Message]) -> dict[str, Any]:
         sample = processor(messages, id="fingerprint", add_generation_prompt=True)
     except ChiasmError as error:  # a template may refuse a form of conversation: then it must go on refusing it
         return {"refused": str(error)[:200]}
-    runs = [[index, len(list(run))] for index, run in groupby(sample.input_ids.tolist())]
+    read = [index for item in sample.media if item.cond is not None for index in item.cond.tolist()]  # instructions
+    runs = [[index, len(list(run))] for index, run in groupby(sample.input_ids.tolist() + read)]
     return {"ids": runs, "media": [_medium(item) for item in sample.media]}
 
 
