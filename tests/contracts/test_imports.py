@@ -31,6 +31,7 @@ STEPS: dict[str, int] = {
     "train": 11,  # a run ends with its held-out evaluation, so train may use eval, never the other way
     "demo": 12,
     "cli": 13,
+    "__main__": 14,
 }
 GROUND = {"types", "errors", "registry", "config"}
 # Rooms that see less than their step allows.
