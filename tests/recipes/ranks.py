@@ -1,4 +1,4 @@
-"""Runs a function in several processes that share a group, within a limit of time. Forked: nothing is imported twice."""
+"""Runs a function in several processes, within a limit of time. They are forked: nothing is imported twice."""
 
 from __future__ import annotations
 

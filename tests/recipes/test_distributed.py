@@ -79,7 +79,8 @@ class Kept(StageRun):
 
 
 def stage(batch: int, accumulate: int, **settings: Any) -> Stage:
-    settings = {"plan": "end_to_end", "steps": 6, "lr": 1e-3, "warmup_ratio": 0.0, "log_every": 1, "proof": "tell"} | settings
+    usual = {"plan": "end_to_end", "steps": 6, "lr": 1e-3, "warmup_ratio": 0.0, "log_every": 1, "proof": "tell"}
+    settings = usual | settings
     return Stage(name="s", batch_size=batch, accumulate=accumulate, **settings)
 
 
@@ -176,6 +177,20 @@ def test_four_accumulations_are_one_batch(tmp_path: Path):
     assert max(apart(a, b) for a, b in zip(one["gradients"], four["gradients"], strict=True)) <= 1e-6
 
 
+def in_bf16(folder: Path) -> Any:
+    with distributed.started("cpu", "shard", patience=30) as ranks:
+        return run(folder / "run", ranks, dtype="bf16", steps=5)
+
+
+def test_pieces_in_float32_compute_in_bfloat16(tmp_path: Path):
+    """Masters, gradients' sums and moments stay float32; what a block computes with is bfloat16."""
+    found = launch(2, in_bf16, tmp_path / "low")[0]
+    exact = launch(1, cut_in_every_way, tmp_path / "high", "replicate", [(2, 1)], ["end_to_end"])[0][2, 1, "end_to_end"]
+    got, wanted = (torch.cat([g.flatten() for g in r["gradients"][0].values()]) for r in (found, exact))
+    assert got.dtype == torch.float32
+    assert 0 < float((got - wanted).norm() / wanted.norm()) < 0.05
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_four_ranks_take_the_step_of_one(tmp_path: Path, mode: str):
@@ -202,6 +217,9 @@ def test_saved_on_some_ranks_resumed_on_others(tmp_path: Path, first: Any, secon
         assert len(result["gradients"]) == 3, "steps 4 to 6"
         for got, wanted in zip(result["gradients"], expected["gradients"][3:], strict=True):
             assert apart(got, wanted) <= 1e-6
+    if first == second:
+        whole_way = launch(*(second[0], in_halves), tmp_path / "again" / "x", second[1], "whole")[0]
+        assert apart(result["weights"], whole_way["weights"]) == 0, "bit by bit on as many ranks"
     log = (tmp_path / "shared" / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4, 5, 6]
 

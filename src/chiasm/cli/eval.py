@@ -33,17 +33,24 @@ def command(
     ignore_fingerprint: bool,
 ) -> None:
     """Score MODEL on the held-out sources of the YAML file RECIPE and write a table, every answer, and a report."""
+    from rich.console import Console
+
     from chiasm.config import parse_overrides
     from chiasm.eval import evaluate_recipe
     from chiasm.train import load_recipe
+    from chiasm.train.distributed import started
+    from chiasm.train.model import best_device
 
-    vlm = open_model(model, device, dtype, ignore_fingerprint)
-    evaluate_recipe(
-        vlm,
-        load_recipe(recipe, parse_overrides(overrides)),
-        out=out or Path(model) / "eval",
-        limit=limit,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        shuffled=False if no_shuffled else None,
-    )
+    with started(best_device(device or "auto")) as ranks:  # under torchrun each rank answers its share
+        vlm = open_model(model, device, dtype, ignore_fingerprint)
+        evaluate_recipe(
+            vlm,
+            load_recipe(recipe, parse_overrides(overrides)),
+            out=out or Path(model) / "eval",
+            console=None if ranks.first else Console(quiet=True),
+            ranks=ranks if ranks.count > 1 else None,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            shuffled=False if no_shuffled else None,
+        )

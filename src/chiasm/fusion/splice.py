@@ -125,6 +125,7 @@ class Splice(Fusion):
         flat = x.flatten(0, 1)  # [B*T, D]
         for kind, media in batch.media.items():
             vectors = self.encode(kind, media, batch.ids, named)  # [sum of counts, D]
+            vectors = vectors[: len(media.slots)]  # a medium without slots runs its parts and is seen nowhere
             flat = flat.index_copy(0, media.slots, vectors.to(flat.dtype))
         padding = (batch.segment_ids == 0).unsqueeze(-1)
         return flat.view_as(x).masked_fill(padding, 0)  # [B, T, D]
@@ -153,8 +154,7 @@ class Splice(Fusion):
             runs.append(run)
             start += layout.units
         named[f"{kind}/merged"] = runs
-        # Zero media, which a sharded model runs where only other ranks have some, give zero vectors.
-        return torch.cat(runs) if runs else tokens.x.flatten(0, 1)[:0]  # [sum of counts, D]
+        return torch.cat(runs)  # [sum of counts, D]
 
     def _handed(
         self, stream: Stream, media: MediaBatch, features: Mapping[str, Tokens], ids: list[str]

@@ -5,8 +5,9 @@ rank; a block's weights are gathered while it runs. Frozen parts are spread too.
 
 Gathering is a meeting of all ranks, so all must run the same blocks in the same order. Before each micro-batch the
 ranks tell each other which kinds of media they hold; where one has a kind, every other runs that encoder and connector
-too, on a batch of **zero** pictures: no arithmetic, gradients of exactly zero, and every meeting is kept. No picture is
-invented. A rank that has no sample left runs a row of two tokens, whose loss counts 0 times.
+too, on a medium without slots: no sequence sees its vectors, so its gradients are zeros exactly, and every meeting is
+kept while the others compute theirs. (A batch of zero pictures would do, but not every tower takes one.) A rank that
+has no sample left runs a row of two tokens, whose loss counts 0 times.
 
 FSDP's own arithmetic is a mean over ranks; its divisor is set to 1, so that sums stay sums.
 """
@@ -29,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from chiasm.data.loader import Spec
 from chiasm.errors import ConfigError
 from chiasm.train.distributed import Ranks, Turn, whole
-from chiasm.types import Batch, Condition, MediaBatch
+from chiasm.types import Batch, Condition, Layout, MediaBatch
 
 
 class Shards(Ranks):
@@ -103,18 +104,18 @@ class Shards(Ranks):
     # ------------------------------------------------------------------------------------------------------ batches
 
     def told(self, batch: Batch | None) -> dict[str, Any]:
-        """The kinds of media, and what is needed to make an empty one."""
-        return {kind: _form(media) for kind, media in (batch.media if batch is not None else {}).items()}
+        """The kinds of media, and what is needed to run their parts without one."""
+        return {kind: form(media) for kind, media in (batch.media if batch is not None else {}).items()}
 
     def completed(self, spec: Spec, batch: Batch | None, turns: Sequence[Turn]) -> tuple[Spec, Batch | None]:
-        """The batch with zero pictures of the kinds that only others have, and all kinds in one order."""
+        """The batch with a medium nowhere of the kinds that only others have, and all kinds in one order."""
         self.watchdog.at(f"step {spec.step + 1}, micro-batch {spec.part + 1} of {spec.parts}", waits=True)
         forms: dict[str, Any] = {}
         for turn in turns:
             forms = turn.media | forms
         if batch is None:
             batch = padding()
-        media = {kind: batch.media.get(kind) or nothing(*forms[kind]) for kind in sorted(forms)}
+        media = {kind: batch.media.get(kind) or nowhere(forms[kind]) for kind in sorted(forms)}
         batch.media = media
         return spec, batch
 
@@ -195,17 +196,25 @@ def _values(masters: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
     return found
 
 
-def _form(media: MediaBatch) -> tuple[tuple[int, ...], int | None]:
-    return tuple(media.inputs.shape[1:]), None if media.cond is None else media.cond.ids.shape[1]
+Form = tuple[tuple[int, ...], Layout, int, int | None]
 
 
-def nothing(shape: tuple[int, ...], instruction: int | None) -> MediaBatch:
-    """Zero media: an empty tensor ``[0, *shape]`` that runs through encoder and connector."""
+def form(media: MediaBatch) -> Form:
+    """What another rank needs to run a kind's parts: a unit's shape, the smallest medium, the instruction's length."""
+    smallest = min(range(len(media.counts)), key=lambda i: media.counts[i])
+    instruction = None if media.cond is None else media.cond.ids.shape[1]
+    return tuple(media.inputs.shape[1:]), media.layouts[smallest], media.counts[smallest], instruction
+
+
+def nowhere(given: Form) -> MediaBatch:
+    """A medium of zeros without slots: its vectors enter no sequence."""
+    shape, layout, count, instruction = given
     cond = None
     if instruction is not None:
-        empty = torch.zeros(0, instruction, dtype=torch.long)
-        cond = Condition(empty, empty.bool())
-    return MediaBatch(torch.zeros(0, *shape), [], torch.zeros(0, dtype=torch.long), [], [], cond=cond)
+        ids = torch.zeros(1, instruction, dtype=torch.long)
+        cond = Condition(ids, torch.ones_like(ids).bool())
+    slots = torch.zeros(0, dtype=torch.long)
+    return MediaBatch(torch.zeros(layout.units, *shape), [layout], slots, [count], [0], cond=cond)
 
 
 def padding() -> Batch:
