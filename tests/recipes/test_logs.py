@@ -141,7 +141,8 @@ def test_the_real_tensorboard_reads_it_back(data):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_told_before_anything_begins(data, name, monkeypatch):
     monkeypatch.setattr(sinks_module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"log.{name} needs the package '{name}'.* pip install 'chiasm\[{name}\]', or take"):
+    told = rf"log.{name} needs the package '{name}'.* pip install 'chiasm\[{name}\]', or take"
+    with pytest.raises(ConfigError, match=told):
         train(recipe(data, {name: True}), console=Console(file=io.StringIO()))
     assert not (data / "run").exists()
 
