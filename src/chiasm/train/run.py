@@ -119,6 +119,8 @@ class Run:
             from chiasm.vlm import load
 
             self.base = json.loads(done.read_text())["model"]
+            if self.ranks.first:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have come between the two
             self.vlm = load(self.base, device=self.home)
             self.random -= trained_parts(resolve(self.vlm.model, stage.table(), stage.lr))
             self.console.print(f"Stage {stage.name} was finished before; its model is loaded", highlight=False)
