@@ -15,6 +15,7 @@ FSDP's own arithmetic is a mean over ranks; its divisor is set to 1, so that sum
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class Shards(Ranks):
         # Modules are copied, tensors shared: FSDP then exchanges the copy's parameters and leaves the model's.
         shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         run = copy.deepcopy(model, shared)
+        # Nothing here works in place on what the model returns, which torch cannot know.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         policy = MixedPrecisionPolicy(param_dtype=self.low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         loose = set(run.parameters(recurse=False))  # vectors of the model's own, such as newline: not every layout
         for block in blocks(run):  # uses them, so their gradients are summed by name
