@@ -16,7 +16,6 @@ from chiasm.processing.image import ImageFrontEnd
 from chiasm.processing.sketch import sketching
 from chiasm.types import Box, Image
 
-
 FORM = "({x0}, {y0}, {x1}, {y1})"  # the characters that the tiny tokenizer has
 SIZE = 64
 TILING = {"pinpoints": [(64, 128), (128, 64), (128, 128), (192, 64)], "axes": "wh"}

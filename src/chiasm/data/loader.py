@@ -96,9 +96,7 @@ class BatchPlan:
         return batches
 
 
-def deal(
-    parts: Sequence[tuple[Ref, ...]], accumulate: int, rank: int, ranks: int
-) -> list[tuple[tuple[Ref, ...], int]]:
+def deal(parts: Sequence[tuple[Ref, ...]], accumulate: int, rank: int, ranks: int) -> list[tuple[tuple[Ref, ...], int]]:
     """A rank's share of a step: micro-batches with the place of their first sample in the step.
 
     Whole micro-batches are dealt out where ``accumulate`` is a multiple of the ranks; else each is cut first, into as
