@@ -230,8 +230,8 @@ def load(
     """
     path = local_folder(name, revision, allow_pickle)
     if own.is_adapter(path):
-        options = {"ignore_fingerprint": ignore_fingerprint, "template": template, "vision_tower": vision_tower}
-        return registry.get("adapter", "folder")(path, None, dtype, device, allow_pickle=allow_pickle, **options)
+        of_base = {"ignore_fingerprint": ignore_fingerprint, "template": template, "vision_tower": vision_tower}
+        return registry.get("adapter", "folder")(path, None, dtype, device, allow_pickle=allow_pickle, **of_base)
     values = read_json(path / "config.json")
     if own.is_own(values):
         config, model, processor = own.load(

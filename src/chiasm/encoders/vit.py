@@ -265,5 +265,5 @@ def eva_clip_vit_g14(image_size: int = 224, **changes: Any) -> ViT.Config:
 
     The norm at its end is LAVIS's ``ln_vision``, which trains while the tower is frozen (BLIP-2, arXiv:2301.12597).
     """
-    sizes = {"image_size": image_size, "patch": 14, "dim": 1408, "depth": 39, "heads": 16, "mlp": 6144}
+    sizes: dict[str, Any] = {"image_size": image_size, "patch": 14, "dim": 1408, "depth": 39, "heads": 16, "mlp": 6144}
     return ViT.Config(**(sizes | {"select": "cls_patch", "norm_eps": 1e-6} | changes))
