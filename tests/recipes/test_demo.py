@@ -65,10 +65,10 @@ def test_no_connector_is_shipped():
 
 def test_counts_are_kept(joined):
     config = joined.config.model
-    check_counts(config, {"image": (3, 64, 64)})
+    check_counts(config, {"image": (3, 72, 72)})
     source = Playground(Playground.Config(tasks=("clip", "comparison"), length=2))
     clip, pair = (joined.processor(list(source[i].messages), train=True) for i in range(2))
-    assert [len(item.slots) for item in clip.media] == [16] and [len(i.slots) for i in pair.media] == [16, 16]
+    assert [len(item.slots) for item in clip.media] == [36] and [len(i.slots) for i in pair.media] == [9, 9]
 
 
 def test_the_tokenizer_is_what_the_command_makes(tmp_path):
