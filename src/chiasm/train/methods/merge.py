@@ -44,10 +44,10 @@ def merge(vlm: Any, tolerance: float = TOLERANCE, conversations: Sequence[Any] |
     """Put plain layers in place of all LoRA and QLoRA layers of ``vlm``, in float32, and prove that nothing changed.
 
     The proof runs the built-in probe conversations (text, pictures, several turns) and ``conversations``. Raises
-    ConfigError where there is nothing to merge, CheckpointError where logits move by more than ``tolerance``: the
-    model is then as it was.
+    ConfigError where there is nothing to merge, CheckpointError where logits move by more than ``tolerance``, also
+    in float64: the model is then as it was.
     """
-    model: nn.Module = vlm.model
+    model = vlm.model
     layers = mergeable(model)
     if not layers:
         others = sorted({module.method.type for _, module in installed(model)})
@@ -58,19 +58,38 @@ def merge(vlm: Any, tolerance: float = TOLERANCE, conversations: Sequence[Any] |
             f"merging rounds unless it is done in float32; {len(narrow)} parameters are narrower, the first is "
             f"{narrow[0]!r}: load the model with dtype='float32'"
         )
-    before = probe_logits(vlm, conversations)
-    for name, module in layers.items():
-        replace(model, name, module.merged())  # type: ignore[operator]
-    after = probe_logits(vlm, conversations)
-    gap = max(distance(a, b) for a, b in zip(before, after, strict=True))
+    gap, count, logits = _replaced(vlm, layers, conversations)
+    if not gap <= tolerance and model.dtype == torch.float32:
+        # Float32 rounding can exceed the tolerance where logits are large. Float64 tells it from a wrong merge.
+        _put_back(model, layers)
+        model.double()
+        gap, count, logits = _replaced(vlm, layers, conversations)
+        if not gap <= tolerance:
+            _put_back(model, layers)
+        model.float()
+    elif not gap <= tolerance:
+        _put_back(model, layers)
     if not gap <= tolerance:
-        for name, module in layers.items():
-            replace(model, name, module)
         raise CheckpointError(
             f"merged logits differ from the unmerged by {gap:.3g}, {tolerance:g} is allowed: nothing was merged. Is a "
             "layer used without being called, or is its dropout not off in eval mode?"
         )
-    return Proof(gap, len(before), sum(len(logits) for logits in before), len(layers))
+    return Proof(gap, count, logits, len(layers))
+
+
+def _replaced(vlm: Any, layers: dict[str, nn.Module], conversations: Sequence[Any] | None) -> tuple[float, int, int]:
+    """Put the plain layers in place; the largest gap of the logits, the number of probes and of logits."""
+    before = probe_logits(vlm, conversations)
+    for name, module in layers.items():
+        replace(vlm.model, name, module.merged())  # type: ignore[operator]
+    after = probe_logits(vlm, conversations)
+    gap = max(distance(a, b) for a, b in zip(before, after, strict=True))
+    return gap, len(before), sum(len(rows) for rows in before)
+
+
+def _put_back(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    for name, module in layers.items():
+        replace(model, name, module)
 
 
 @torch.no_grad()
