@@ -16,7 +16,6 @@ from chiasm.data.mixture import Entry, Mixture
 from chiasm.errors import CheckpointError, ChiasmError, ConfigError
 from chiasm.infer.engine import generate
 from chiasm.train.loop import StageRun
-from chiasm.train.methods import merge as merging
 from chiasm.train.methods.base import own_parameters
 from chiasm.train.methods.files import load_adapter, save_adapter
 from chiasm.train.methods.merge import distance, merge, probe_logits
@@ -200,12 +199,18 @@ def test_a_wrong_merge_is_refused(tmp_path: Path, monkeypatch):
     vlm = with_method(tiny_vlm(tmp_path), {"lm": "lora(r=2)"})
     before = probe_logits(vlm)
     layer = vlm.model.lm.layers[1].attn.v_proj
-    monkeypatch.setattr(type(layer), "scale", property(lambda self: 1.001 * self.method.alpha / self.method.r))
-    scaled = merging.probe_logits(vlm)
-    calls = iter([before, scaled])
-    monkeypatch.setattr(merging, "probe_logits", lambda *_: next(calls))
+    rightly = type(layer).merged
+
+    def wrongly(self):
+        plain = rightly(self)
+        with torch.no_grad():
+            plain.weight.mul_(1.001)
+        return plain
+
+    monkeypatch.setattr(type(layer), "merged", wrongly)
     with pytest.raises(CheckpointError, match="nothing was merged"):
         merge(vlm)
+    assert vlm.model.dtype == torch.float32 and apart(before, probe_logits(vlm)) == 0
     assert vlm.model.lm.layers[1].attn.v_proj is layer
     with pytest.raises(ConfigError, match="float32"):
         merge(with_method(tiny_vlm(tmp_path), {"lm": "lora"}).to(torch.bfloat16))
