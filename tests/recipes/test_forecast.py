@@ -47,7 +47,7 @@ def optimizer(vlm, table, dtype: str = "float32"):
     plan = resolve(vlm.model, table, 1e-3)
     apply(vlm.model, plan)
     masters = optim.Masters(vlm.model, plan, torch.bfloat16 if dtype == "bf16" else None)
-    return masters, optim.adamw(masters, plan, 0.0, (0.9, 0.99))
+    return masters, optim.optimizer(masters, plan, "adamw", 0.0, (0.9, 0.99))
 
 
 def step(vlm, batch, masters, adamw) -> None:

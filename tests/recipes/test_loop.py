@@ -148,7 +148,10 @@ def test_frozen_encoder_is_in_eval_mode_and_builds_no_graph(data, tmp_path):
     assert output.named["image/projected"].x.grad_fn is not None
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "bucket": 2, "workers": 1}, {"dtype": "bf16"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate": 2, "bucket": 2, "workers": 1}, {"dtype": "bf16"}, {"dtype": "bf16", "optimizer": "muon"}],
+)
 def test_resume_is_bit_equal(data, tmp_path, settings):
     straight, broken = tiny_vlm(tmp_path), tiny_vlm(tmp_path)
     run(straight, data, tmp_path / "straight", **settings)

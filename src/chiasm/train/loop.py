@@ -128,7 +128,9 @@ class StageRun:
         if self.ranks.sharded and self.probe:
             self.probe.use(self.model)  # type: ignore[attr-defined]
         self.masters = optim.Masters(self.model, self.plan, self.low)
-        self.optimizer = optim.adamw(self.masters, self.plan, self.stage.weight_decay, self.stage.betas)
+        self.optimizer = optim.optimizer(
+            self.masters, self.plan, self.stage.optimizer, self.stage.weight_decay, self.stage.betas
+        )
         self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
         print_plan(self.console, self.stage.name, self.plan)
         folder = self.stage.feature_cache

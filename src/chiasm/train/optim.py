@@ -1,4 +1,4 @@
-"""The optimizer: AdamW over float32 masters, decay groups, warm-up and cosine.
+"""The optimizer: AdamW or Muon over float32 masters, decay groups, warm-up and cosine.
 
 With ``dtype: bf16`` the model's own tensors are bfloat16, and the optimizer works on float32 copies of the trained ones
 (masters): gradients of all micro-batches are summed in float32, and a step below bfloat16's spacing is kept. Nothing is
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from chiasm.errors import ConfigError
+from chiasm.train.muon import Muon, matrices
 from chiasm.train.plan import Plan
 
 
@@ -94,24 +98,31 @@ class Masters:
         return [p.grad for p in self.masters.values() if p.grad is not None]
 
 
-def adamw(masters: Masters, plan: Plan, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW with a group for each learning rate, decay on matrices only (as the published recipes: not on biases, norms
-    and other vectors). Fused where the device has the kernel.
+def optimizer(
+    masters: Masters, plan: Plan, kind: str, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW, or Muon for the matrices of linear layers and AdamW for the rest (``kind``: "adamw", "muon").
+
+    A group for each learning rate, decay on matrices only (as the published recipes: not on biases, norms and other
+    vectors). Fused where the device has the kernel. Raises ConfigError for Muon over pieces of matrices.
     """
-    groups: dict[tuple[float, bool, type], list[nn.Parameter]] = {}
+    turned = matrices(masters.model) if kind == "muon" else set()
+    groups: dict[tuple[float, bool, bool, type], list[nn.Parameter]] = {}
     for name, p in masters.masters.items():
         rate = plan.rates[name]
         assert rate is not None
-        groups.setdefault((rate, p.ndim >= 2, type(p)), []).append(p)  # pieces and whole tensors do not mix
+        if name in turned and isinstance(p, DTensor):
+            raise ConfigError(
+                f"optimizer: muon needs whole matrices and {name!r} is in pieces; use adamw or parallel: replicate"
+            )
+        groups.setdefault((rate, p.ndim >= 2, name in turned, type(p)), []).append(p)  # pieces and wholes do not mix
     fused = all(p.device.type in ("cpu", "cuda") for p in masters.masters.values())
-    return torch.optim.AdamW(
-        [
-            {"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay if decays else 0.0}
-            for (rate, decays, _), params in groups.items()
-        ],
-        betas=betas,
-        fused=fused,
-    )
+    settings: list[dict[str, Any]] = [
+        {"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay if decays else 0.0, "matrices": turn}
+        for (rate, decays, turn, _), params in groups.items()
+    ]
+    made = Muon if kind == "muon" else torch.optim.AdamW
+    return made(settings, betas=betas, fused=fused)
 
 
 def factor(step: int, total: int, warmup_ratio: float, schedule: str) -> float:

@@ -45,6 +45,7 @@ class Stage(Config):
     lr: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of linear layers, adamw for the rest
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, gt=0)
