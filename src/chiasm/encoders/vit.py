@@ -41,9 +41,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [U, N, D]`` → ``[U, N, D]``."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """``x [U, N, D]``, ``mask [U, N]`` (True: may be attended to) → ``[U, N, D]``."""
+        x = x + self.attn(self.norm1(x), mask, causal)
         return x + self.mlp(self.norm2(x))
 
 
