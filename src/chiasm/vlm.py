@@ -23,6 +23,7 @@ from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
 from chiasm.infer.engine import generate, is_conversation
+from chiasm.infer.look import Look, look
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.presets.checkpoint import Options, Reader
@@ -70,6 +71,17 @@ class VLM:
     def chat(self, system: str | None = None, **options: Any) -> Chat:
         """A conversation that remembers what was said. ``options`` are those of ``generate``."""
         return Chat(self, system, options)
+
+    def look(
+        self, messages: Sequence[Any], answer: str | None = None, word: int | str | None = None, **options: Any
+    ) -> Look:
+        """Where the model looks when it writes ``word`` (a number, a text; None: all) of ``answer`` to ``messages``.
+
+        ``answer`` None: it is generated. ``options``: ``method`` ("attention", "gradient"), ``last`` layers: see
+        ``chiasm.infer.look``. Raises DataError, ConfigError.
+        """
+        answer = self.generate(messages) if answer is None else answer
+        return look(self.model, self.processor, messages, answer, word, **options)
 
     # ---------------------------------------------------------------------------------------------- parameters
 
@@ -297,11 +309,12 @@ def unit_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_vocab(config: VLMConfig, tokenizer: Tokenizer) -> None:
-    vocab = getattr(config.model.lm, "vocab", None)
+    vocab = config.model.vocab
     if vocab is not None and len(tokenizer) > vocab:
+        part = "model.lm" if hasattr(config.model, "lm") else "model.encoders.text"
         raise ConfigError(
             f"the tokenizer has ids up to {len(tokenizer) - 1} but the language model {vocab} rows; set "
-            f"model.lm.vocab to at least {len(tokenizer)}"
+            f"{part}.vocab to at least {len(tokenizer)}"
         )
 
 

@@ -1,15 +1,29 @@
 """Connectors: from the encoders' widths to the language model's."""
 
-from chiasm.connectors import dynamic, gate, hierarchical, linear, mlp, mqt, pixel_shuffle, qformer, resampler
+from chiasm.connectors import (
+    dynamic,
+    gate,
+    hierarchical,
+    linear,
+    map_head,
+    mlp,
+    mqt,
+    pixel_shuffle,
+    pooled,
+    qformer,
+    resampler,
+)
 
 __all__ = [
     "dynamic",
     "gate",
     "hierarchical",
     "linear",
+    "map_head",
     "mlp",
     "mqt",
     "pixel_shuffle",
+    "pooled",
     "qformer",
     "resampler",
 ]

@@ -1,5 +1,5 @@
 """Encoders: units of a medium in, feature vectors out."""
 
-from chiasm.encoders import hf, vit
+from chiasm.encoders import hf, text, vit
 
-__all__ = ["hf", "vit"]
+__all__ = ["hf", "text", "vit"]

@@ -21,6 +21,11 @@ class FusionConfig(PartConfig):
         """Tokens that one medium takes in the sequence."""
         raise NotImplementedError
 
+    @property
+    def vocab(self) -> int | None:
+        """Rows of the table that token ids are looked up in, where the configuration tells."""
+        return getattr(getattr(self, "lm", None), "vocab", None)
+
 
 class Fusion(nn.Module):
     """Takes a ``Batch``, returns an ``Output``. One file of this folder for each way of joining."""

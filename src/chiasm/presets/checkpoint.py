@@ -38,7 +38,7 @@ class Checkpoint:
 
 def check_vocab(config: VLMConfig, tokenizer: Any, where: str) -> None:
     """Raises CheckpointError where the tokenizer has ids that the language model has no row for."""
-    vocab = getattr(config.model.lm, "vocab", None)
+    vocab = config.model.vocab
     if vocab is not None and len(tokenizer) > vocab:
         raise CheckpointError(
             f"{where}: the tokenizer has ids up to {len(tokenizer) - 1} but the model {vocab} rows; they belong to "

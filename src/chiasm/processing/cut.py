@@ -1,11 +1,12 @@
-"""What happens to a sample that is longer than ``max_length``."""
+"""What happens to a sample that is longer than ``max_length``, or that has nothing to learn."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from chiasm.errors import DataError
-from chiasm.types import Sample
+from chiasm.types import Message, Sample
 
 
 def cut(sample: Sample, limit: int | None, train: bool, prompt: bool) -> Sample:
@@ -44,3 +45,15 @@ def cut(sample: Sample, limit: int | None, train: bool, prompt: bool) -> Sample:
             "no_target",
         )
     return sample
+
+
+def check_answers(messages: Sequence[Message], id: str) -> None:
+    """Raises DataError for an answer that is learned from but empty."""
+    for number, message in enumerate(messages):
+        learned = message.role == "assistant" and message.train is not False
+        if learned and not message.media and not message.text.strip():
+            raise DataError(
+                f"sample {id!r}, message {number + 1}: the answer is empty ({len(message.text)} characters); give it "
+                "a text, or leave it out of training with 'train': false",
+                "empty_answer",
+            )

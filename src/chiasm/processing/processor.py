@@ -20,7 +20,7 @@ from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.processing.base import Counter, FrontEnd, Place
 from chiasm.processing.box import BoxFormat, region_of, seen_regions
 from chiasm.processing.collate import collate, pack
-from chiasm.processing.cut import cut
+from chiasm.processing.cut import check_answers, cut
 from chiasm.processing.jinja import JinjaConfig, resolved
 from chiasm.processing.messages import parse
 from chiasm.processing.template import Template
@@ -153,6 +153,8 @@ class Processor:
         Raises DataError that names the sample; ConfigError where ``train`` is asked of a template that ends answers
         with nothing generation stops on.
         """
+        if self.template.beside:
+            add_generation_prompt = train = False  # there is no answer to ask for or to learn
         if train:
             self.check()
         parsed = parse(messages, id)
@@ -160,7 +162,7 @@ class Processor:
         parsed = self._boxes(parsed, items, id)
         items = self._instructed(parsed, items, id)
         if train:
-            _check_answers(parsed, id)
+            check_answers(parsed, id)
         target = None
         if self.config.target == "decoder" and parsed[-1].role == "assistant" and not add_generation_prompt:
             target, parsed = self._target(parsed, id), parsed[:-1]
@@ -214,7 +216,7 @@ class Processor:
 
     def check(self) -> None:
         """Raises ConfigError where a model trained with this template would never stop generating."""
-        if not self._end_ids and not self._end_string:
+        if not self.template.beside and not self._end_ids and not self._end_string:
             name = self.config.template.type
             raise ConfigError(
                 f"template {name!r} closes an answer with nothing that generation stops on, so a model trained with "
@@ -335,6 +337,8 @@ class Processor:
     def _sample(self, id: str, pieces: Sequence[Piece], items: list[MediaItem], target: list[int] | None) -> Sample:
         """Encode, expand placeholders, record slots and the loss mask."""
         encoding = self.tokenizer.encode_pieces(pieces)
+        if self.template.beside:
+            return self._beside(id, pieces, encoding, items)
         ids, mask = self._opening(encoding)
         placed: dict[int, MediaItem] = {}
         for index, (first, last) in zip(encoding.ids, encoding.spans, strict=True):
@@ -362,6 +366,16 @@ class Processor:
         side = torch.tensor(target, dtype=torch.long) if target is not None else None
         return Sample(id, torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool), media, side)
 
+    def _beside(self, id: str, pieces: Sequence[Piece], encoding: Encoding, items: list[MediaItem]) -> Sample:
+        """The text by itself, and media that take no slot of it. Without a text there are no ids."""
+        ids: list[int] = []
+        if pieces:
+            if not encoding.ids:
+                raise DataError(f"sample {id!r}: the text {pieces[0].text!r} gives 0 tokens; write another", "empty")
+            ids = self.template.close([*self._opening(encoding)[0], *encoding.ids], self.tokenizer.suffix, self.fill_id)
+        media = [replace(item, slots=torch.zeros(0, dtype=torch.long)) for item in items]
+        return Sample(id, torch.tensor(ids, dtype=torch.long), torch.zeros(len(ids), dtype=torch.bool), media)
+
     def _opening(self, encoding: Encoding) -> tuple[list[int], list[bool]]:
         """BOS, unless the template has written it."""
         prefix = list(self.tokenizer.prefix)
@@ -373,17 +387,6 @@ class Processor:
         if prefix and encoding.ids[: len(prefix)] == prefix:
             prefix = []
         return prefix, [False] * len(prefix)
-
-
-def _check_answers(messages: Sequence[Message], id: str) -> None:
-    for number, message in enumerate(messages):
-        learned = message.role == "assistant" and message.train is not False
-        if learned and not message.media and not message.text.strip():
-            raise DataError(
-                f"sample {id!r}, message {number + 1}: the answer is empty ({len(message.text)} characters); give it "
-                "a text, or leave it out of training with 'train': false",
-                "empty_answer",
-            )
 
 
 def trained_text(processor: Processor, sample: Sample) -> Iterator[str]:

@@ -31,6 +31,7 @@ class Template:
     end: str = ""  # the literal that closes an answer; generation stops on its control token, or on it as a string
     controls: tuple[str, ...] = ()  # tokens the tokenizer must have; as ordinary text they would be no turn ends
     also_trained: str = ""  # the single tokens of this text are targets wherever a literal holds them
+    beside = False  # media stand beside the text and take no place in it; no answer is asked for or learned
 
     def __init__(self, config: Any, tokens: Mapping[str, str], placeholders: Mapping[str, str]):
         self.config = config
@@ -40,6 +41,10 @@ class Template:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[Piece]:
         """The pieces of a conversation. ``where`` names the sample in errors (DataError)."""
         raise NotImplementedError
+
+    def close(self, ids: list[int], suffix: Sequence[int], pad: int) -> list[int]:
+        """The ids of a text beside its media, ended: ``suffix`` is what the tokenizer ends a text with."""
+        return [*ids, *suffix]
 
 
 class Turn(Config):

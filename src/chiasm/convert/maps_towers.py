@@ -1,0 +1,127 @@
+"""Names of published two-tower models ↔ names of ``dual_tower``: transformers, OpenAI, open_clip.
+
+Each function gives the rules of a whole model. Sources: transformers 5.23 (``CLIPModel``, ``SiglipModel``), openai/CLIP
+``model.py`` d05afc4, open_clip ``transformer.py`` 89fb801.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chiasm.convert import maps
+from chiasm.convert.rules import AnyRule, Drop, Rule, prefixed, rename, squeeze, transpose
+
+IMAGE, TEXT = "encoders.image.", "encoders.text."
+
+
+def thirds(theirs: str, ours: Sequence[str]) -> Rule:
+    """One tensor that is three of ours of equal size, one above the other (queries, keys, values)."""
+
+    def forward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if tensors[0].shape[0] % 3:
+            raise RuntimeError(f"{tensors[0].shape[0]} rows are not three times as many")
+        return tensors[0].chunk(3)
+
+    return Rule((theirs,), tuple(ours), forward, lambda parts: [torch.cat(list(parts))])
+
+
+def attention_in(theirs: str, ours: str) -> Rule:
+    """``nn.MultiheadAttention``'s one matrix for queries, keys and values ↔ ours."""
+    return thirds(theirs + "in_proj_{leaf}", [ours + x + ".{leaf}" for x in "qkv"])
+
+
+def clip_hf() -> list[AnyRule]:
+    """``CLIPModel`` ↔ ``dual_tower``."""
+    return [
+        *_text_hf(),
+        rename("visual_projection.weight", "connectors.image.proj.weight"),
+        rename("text_projection.weight", "connectors.text.proj.weight"),
+        rename("logit_scale", "logit_scale"),
+        *prefixed(maps.clip_vit(), "", IMAGE),
+    ]
+
+
+def siglip_hf() -> list[AnyRule]:
+    """``SiglipModel``, and a ``Siglip2Model`` of fixed size, ↔ ``dual_tower``. Their scale and bias have shape [1]."""
+    head, pool = "vision_model.head.", "connectors.image."
+    return [
+        *_text_hf(),
+        squeeze(head + "probe", pool + "probe", leading=2),
+        attention_in(head + "attention.", pool + "attn."),
+        rename(head + "attention.out_proj.{leaf}", pool + "attn.out.{leaf}"),
+        rename(head + "layernorm.{leaf}", pool + "norm.{leaf}"),
+        rename(head + "mlp.fc1.{leaf}", pool + "mlp.fc1.{leaf}"),
+        rename(head + "mlp.fc2.{leaf}", pool + "mlp.fc2.{leaf}"),
+        rename("text_model.head.{leaf}", "connectors.text.proj.{leaf}"),
+        squeeze("logit_scale", "logit_scale"),
+        squeeze("logit_bias", "logit_bias"),
+        *prefixed(maps.siglip_vit(), "", IMAGE),
+    ]
+
+
+def clip_openai() -> list[AnyRule]:
+    """The state dict of OpenAI's ``CLIP`` with a ViT, and open_clip's of the same names, ↔ ``dual_tower``."""
+    return [
+        *clip_openai_text(),
+        rename("visual.conv1.weight", IMAGE + "patch.weight"),
+        rename("visual.class_embedding", IMAGE + "cls"),
+        rename("visual.positional_embedding", IMAGE + "positions"),
+        rename("visual.ln_pre.{leaf}", IMAGE + "pre_norm.{leaf}"),
+        *_resblocks("visual.transformer.", IMAGE),
+        rename("visual.ln_post.{leaf}", IMAGE + "post_norm.{leaf}"),
+        transpose("visual.proj", "connectors.image.proj.weight"),
+    ]
+
+
+def clip_openai_text() -> list[AnyRule]:
+    """The text tower and the scale of the same."""
+    return [
+        *_resblocks("transformer.", TEXT),
+        rename("token_embedding.weight", TEXT + "embedding.weight"),
+        rename("positional_embedding", TEXT + "positions"),
+        rename("ln_final.{leaf}", TEXT + "norm.{leaf}"),
+        transpose("text_projection", "connectors.text.proj.weight"),
+        rename("logit_scale", "logit_scale"),
+        rename("logit_bias", "logit_bias"),
+        *(Drop(name, maps.COMPUTED) for name in ("input_resolution", "context_length", "vocab_size", "attn_mask")),
+    ]
+
+
+def _resblocks(theirs: str, ours: str) -> list[AnyRule]:
+    layer, block = theirs + "resblocks.{i}.", ours + "blocks.{i}."
+    names = {
+        "attn.out_proj": "attn.out",
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    return [
+        attention_in(layer + "attn.", block + "attn."),
+        *(rename(layer + a + ".{leaf}", block + b + ".{leaf}") for a, b in names.items()),
+    ]
+
+
+def _text_hf() -> list[AnyRule]:
+    """The text towers of ``CLIPModel`` and ``SiglipModel``."""
+    layer, block = "text_model.encoder.layers.{i}.", TEXT + "blocks.{i}."
+    names = {
+        "self_attn.q_proj": "attn.q",
+        "self_attn.k_proj": "attn.k",
+        "self_attn.v_proj": "attn.v",
+        "self_attn.out_proj": "attn.out",
+        "layer_norm1": "norm1",
+        "layer_norm2": "norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    return [
+        rename("text_model.embeddings.token_embedding.weight", TEXT + "embedding.weight"),
+        rename("text_model.embeddings.position_embedding.weight", TEXT + "positions"),
+        Drop("text_model.embeddings.position_ids", maps.COMPUTED),
+        *(rename(layer + a + ".{leaf}", block + b + ".{leaf}") for a, b in names.items()),
+        rename("text_model.final_layer_norm.{leaf}", TEXT + "norm.{leaf}"),
+    ]

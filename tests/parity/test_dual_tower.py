@@ -1,0 +1,77 @@
+"""Two towers against transformers: features, embeddings, logits, gradients of the contrastive loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from towers_kit import SIZE, batch, filled, hf_clip, hf_siglip
+from weights import randomise
+
+from chiasm.compose import build_model
+from chiasm.convert import maps_towers
+from chiasm.fusion.dual_tower import DualTower
+
+VIT = {"type": "vit", "image_size": SIZE, "patch": 8, "depth": 2, "post_norm": "applied"}
+
+
+def clip() -> DualTower.Config:
+    return DualTower.Config.parse(
+        {
+            "dim": 32,
+            "encoders": {
+                "image": {
+                    **VIT, "dim": 48, "heads": 4, "mlp": 96, "activation": "quick_gelu", "norm_eps": 1e-5,
+                    "patch_bias": False, "pre_norm": True, "select": "cls",
+                },
+                "text": {"type": "text", "vocab": 100, "dim": 64, "depth": 2, "heads": 4, "mlp": 128, "positions": 20},
+            },
+            "connectors": {"image": {"type": "pooled"}, "text": {"type": "pooled", "pool": "last"}},
+        }
+    )  # fmt: skip
+
+
+def siglip() -> DualTower.Config:
+    text = {
+        "type": "text", "vocab": 50, "dim": 32, "depth": 2, "heads": 2, "mlp": 64, "positions": 16,
+        "activation": "gelu_tanh", "norm_eps": 1e-6, "causal": False,
+    }  # fmt: skip
+    return DualTower.Config.parse(
+        {
+            "dim": 32, "max_scale": None, "bias_init": -10.0, "scale_init": 10.0,
+            "encoders": {
+                "image": {**VIT, "dim": 32, "heads": 2, "mlp": 64, "activation": "gelu_tanh", "cls": False},
+                "text": text,
+            },
+            "connectors": {
+                "image": {"type": "map_head", "heads": 2, "mlp": 64},
+                "text": {"type": "pooled", "pool": "last", "project": "linear_bias"},
+            },
+        }
+    )  # fmt: skip
+
+
+CASES: dict[str, Any] = {
+    "clip": (clip, hf_clip, maps_towers.clip_hf, [[98, 5, 6, 7, 99], [98, 9, 99], [98, 1, 2, 3, 4, 5, 99]]),
+    "siglip": (siglip, hf_siglip, maps_towers.siglip_hf, [[5, 6, 1, *[1] * 13], [8, 9, 7, 1, *[1] * 12]]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_embeddings_and_logits(name: str, rng: torch.Generator):
+    config, theirs, rules, texts = CASES[name]
+    hf = randomise(theirs())
+    model = build_model(config())
+    filled(model, hf.state_dict(), rules())
+    given = batch(torch.randn(3, 3, SIZE, SIZE, generator=rng), texts)
+    mask = None if name == "siglip" else given.segment_ids
+    with torch.no_grad():
+        expected = hf(pixel_values=given.media["image"].inputs, input_ids=given.input_ids, attention_mask=mask)
+        out = model(given)
+    torch.testing.assert_close(out.named["image/embeds"], expected.image_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.named["text/embeds"], expected.text_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.named["logits_per_image"], expected.logits_per_image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.named["logits_per_text"], expected.logits_per_text, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.embed_images(given), expected.image_embeds, atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in hf.parameters())
