@@ -3,7 +3,8 @@
     for each step: micro-batches → objective (sum, weight) → backward of the sum → divide by the whole step's weight
                    → clip → AdamW → log, held-out loss, checkpoint
 
-The gradient is that of the mean over all target tokens of the step, however the step is cut into micro-batches.
+The gradient is that of the mean over all target tokens of the step, however the step is cut into micro-batches. An
+objective that compares samples with each other gets all micro-batches of a step at once: see ``together``.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from chiasm import registry
 from chiasm.data.features import FeatureCache
 from chiasm.data.loader import BatchPlan, Renderer, Spec, load
 from chiasm.data.mixture import Mixture
 from chiasm.data.quarantine import BadSamples, Skips
 from chiasm.data.randomness import forked
 from chiasm.errors import CheckpointError, ChiasmError, ConfigError, DataError
-from chiasm.train import checkpoint, optim, speed
+from chiasm.train import checkpoint, optim, speed, together
 from chiasm.train.distributed import ALONE, Alone
 from chiasm.train.log import Bars, JsonLog, print_plan
-from chiasm.train.objectives.base import Objective
+from chiasm.train.objectives.base import Objective, StepObjective, objective
 from chiasm.train.plan import Plan, apply, prepare, resolve, set_modes
 from chiasm.train.recipe import Stage
 from chiasm.train.sinks import Log, OpenSinks
@@ -79,10 +79,11 @@ class Tally:
         return replace(self, total=total, parts=parts)
 
     def means(self) -> dict[str, float]:
-        """The mean loss, and that of each part where there are several."""
-        several = self.parts if len(self.parts) > 1 else {}
-        parts = {f"loss/{name}": float(total / weight) for name, (total, weight) in several.items() if weight}
-        return {"loss": float(self.total / max(1.0, self.weight))} | parts
+        """The mean loss, that of each source where there are several, and what else the objective counts."""
+        means = {name: float(total / weight) for name, (total, weight) in self.parts.items() if weight}
+        sources = {f"loss/{name}": mean for name, mean in means.items() if name.startswith("source/")}
+        others = {name: mean for name, mean in means.items() if not name.startswith("source/")}
+        return {"loss": float(self.total / max(1.0, self.weight))} | (sources if len(sources) > 1 else {}) | others
 
 
 class StageRun:
@@ -110,11 +111,13 @@ class StageRun:
         self.model, self.renderer, self.stage, self.out, self.probe = model, renderer, stage, out, probe
         self.console, self.ranks = console or Console(), ranks
         self.seed, self.bad, self.random, self.sinks = seed, bad or BadSamples(), random, sinks
-        self.objective: Objective = registry.get("objective", stage.objective)
+        self.objective: Objective = objective(stage.objective)
         self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
         self.steps = stage.total_steps(self.batches.steps_per_epoch)
         self.plan: Plan = resolve(model, stage.table(), stage.lr)
         self.low = torch.bfloat16 if stage.dtype == "bf16" and not ranks.sharded else None  # pieces are masters
+        # What the objective keeps within bounds after each step (a contrastive scale).
+        self.bounds = self.objective.bounds(model) if isinstance(self.objective, StepObjective) else {}
         self.log, self.usage = Log(), Usage()
         self.since = Tally()  # since the last line of the log
 
@@ -129,7 +132,7 @@ class StageRun:
             self.probe.use(self.model)  # type: ignore[attr-defined]
         self.masters = optim.Masters(self.model, self.plan, self.low)
         self.optimizer = optim.optimizer(
-            self.masters, self.plan, self.stage.optimizer, self.stage.weight_decay, self.stage.betas
+            self.masters, self.plan, self.stage.optimizer, self.stage.weight_decay, self.stage.betas, self.stage.eps
         )
         self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
         print_plan(self.console, self.stage.name, self.plan)
@@ -167,13 +170,17 @@ class StageRun:
         )
         clock = time.perf_counter()
         with Bars(self.console, self.stage.name, self.steps, start) as bars:
-            step_tally = Tally()
+            step_tally, held = Tally(), []
             for spec, batch, kinds in self.ranks.stream(made):
                 self.watch.proof.saw(kinds)
-                if batch is not None:
+                if isinstance(self.objective, StepObjective):
+                    held.append((spec, batch))
+                elif batch is not None:
                     step_tally.add(self.backward(batch, spec))
                 if spec.part + 1 < spec.parts:
                     continue
+                if held:
+                    step_tally, held = self.backward_step(held), []
                 step_tally = self.ranks.joined(step_tally.read())
                 # A step whose samples were all skipped changes nothing.
                 norm, share = self.update(spec.step, step_tally) if step_tally.ids else (0.0, 0.0)
@@ -194,9 +201,7 @@ class StageRun:
         """Gradients of one micro-batch's loss sum, added to those that are there. Raises NotFinite."""
         if any(batch.ids):
             self.watch.batch(batch, spec)
-        batch = batch.to(self.model.device, dtype=self.ranks.input_dtype(self.model))
-        if self.features:
-            batch = self.features.fill(batch)
+        batch = self._placed(batch)
         loss = self.objective(self.model, batch)
         total = loss.total.detach()
         if total.device.type == "cpu" and not math.isfinite(float(total)):  # accelerators are asked once a step
@@ -207,6 +212,27 @@ class StageRun:
         if not any(batch.ids):  # padding, so that this rank keeps in step
             return Tally()
         return Tally(total, loss.weight, len(batch.ids), batch.input_ids.numel(), dict(loss.parts), list(batch.ids))
+
+    def backward_step(self, parts: list[tuple[Spec, Batch | None]]) -> Tally:
+        """Gradients of a whole step's loss, for an objective that compares its samples. Raises NotFinite."""
+        assert isinstance(self.objective, StepObjective)
+        specs, batches = [s for s, _ in parts], [(s, b) for s, b in parts if b is not None]
+        for spec, batch in batches:
+            if any(batch.ids):
+                self.watch.batch(batch, spec)
+        placed = [lambda batch=batch: self._placed(batch) for _, batch in batches]  # type: ignore[misc]
+        several = specs[0].parts > 1  # the same on all ranks
+        loss = together.backward(self.objective, self.model, placed, several, self.ranks, self.masters.collect)
+        tally = Tally(**together.counted(loss, [batch for _, batch in batches]))
+        if not together.finite(loss.total):
+            why = f"the loss is {float(loss.total)}"
+            raise NotFinite(self._not_finite(specs[0].step, why, tally.ids, batches[0][1] if batches else None))
+        return tally
+
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch where the model is, with stored features where they are kept."""
+        batch = batch.to(self.model.device, dtype=self.ranks.input_dtype(self.model))
+        return self.features.fill(batch) if self.features else batch
 
     def update(self, step: int, tally: Tally) -> tuple[float, float]:
         """One optimizer step from the summed gradients. Returns the gradient norm and the schedule's share."""
@@ -222,6 +248,7 @@ class StageRun:
         optim.set_rates(self.optimizer, share)
         self.watch.gradients()
         self.optimizer.step()
+        self.masters.hold(self.bounds)
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
         self.watch.stepped(step + 1, share)

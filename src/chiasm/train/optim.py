@@ -8,7 +8,7 @@ cast in the forward pass, unlike autocast, which casts every weight each time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ class Masters:
             p.grad = None
 
     @torch.no_grad()
+    def hold(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        """Put parameters that are trained back between their lowest and highest value, by name."""
+        for name, (low, high) in bounds.items():
+            if name in self.masters:
+                self.masters[name].clamp_(low, high)
+
+    @torch.no_grad()
     def publish(self) -> None:
         """Copy the masters' values into the model."""
         if self.low is not None:
@@ -99,7 +106,7 @@ class Masters:
 
 
 def optimizer(
-    masters: Masters, plan: Plan, kind: str, weight_decay: float, betas: tuple[float, float]
+    masters: Masters, plan: Plan, kind: str, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
 ) -> torch.optim.AdamW:
     """AdamW, or Muon for the matrices of linear layers and AdamW for the rest (``kind``: "adamw", "muon").
 
@@ -122,7 +129,7 @@ def optimizer(
         for (rate, decays, turn, _), params in groups.items()
     ]
     made = Muon if kind == "muon" else torch.optim.AdamW
-    return made(settings, betas=betas, fused=fused)
+    return made(settings, betas=betas, eps=eps, fused=fused)
 
 
 def factor(step: int, total: int, warmup_ratio: float, schedule: str) -> float:

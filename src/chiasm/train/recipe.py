@@ -35,7 +35,7 @@ class Stage(Config):
 
     name: str
     plan: str | dict[str, Action] = "instruct"
-    objective: str = "next_token"
+    objective: str | dict[str, Any] = "next_token"  # its name, or a table with its type and options
     data: tuple[str, ...] | None = None  # names of the sources to use; None: all
     template: str | dict[str, Any] | None = None  # a template's name or data, for this stage only; None: the model's
     steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
@@ -48,6 +48,7 @@ class Stage(Config):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of linear layers, adamw for the rest
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     dtype: Literal["float32", "bf16"] = "float32"
     max_length: int | None = Field(default=None, gt=0)

@@ -25,6 +25,7 @@ from chiasm.train.live import LivePage
 from chiasm.train.loop import StageRun
 from chiasm.train.methods.settle import settle
 from chiasm.train.model import best_device, open_model, random_parts, trained_parts
+from chiasm.train.objectives import objective
 from chiasm.train.plan import prepare as put
 from chiasm.train.plan import quantises, resolve
 from chiasm.train.probe import Probe
@@ -70,7 +71,7 @@ class Run:
         self.page: LivePage | None = None
         recipe.log.check()
         for stage in recipe.stages:
-            registry.get("objective", stage.objective)
+            objective(stage.objective)
         out = recipe.left_out()
         self.mixture = Mixture(recipe.data, recipe.seed, out)
         self.held_out = Mixture(recipe.held_out, recipe.seed, out and out.held_out()) if recipe.held_out else None
@@ -209,8 +210,8 @@ class Run:
             except DataError:
                 if self.held_out:
                     raise
-        objective, seen = registry.get("objective", stage.objective), self.held_out is None
-        return Probe(self.vlm.model, renderer, objective, examples, stage.batch_size, seen)
+        seen = self.held_out is None
+        return Probe(self.vlm.model, renderer, objective(stage.objective), examples, stage.batch_size, seen)
 
 
 def _told(stage: Stage, found: Checked) -> str:

@@ -98,5 +98,7 @@ def objective(spec: str | Mapping[str, Any]) -> Objective:
         made: Objective = entry(entry.Config.parse(table, where=f"objective {table['type']!r}"))  # type: ignore[attr-defined]
         return made
     if len(table) > 1:
-        raise ConfigError(f"objective {table['type']!r} has no options, got {', '.join(k for k in table if k != 'type')}")
+        raise ConfigError(
+            f"objective {table['type']!r} has no options, got {', '.join(k for k in table if k != 'type')}"
+        )
     return entry  # type: ignore[no-any-return]
