@@ -169,6 +169,7 @@ class MediaItem:
     slots: Tensor | None = None  # [N] positions in the sample's input_ids that its tokens take
     key: str = ""  # what a frozen encoder's features of it are stored under; empty: they are not
     cond: Tensor | None = None  # [L] ids of the instruction, for connectors that read it
+    ragged: bool = False  # sizes differ: in a batch zeros fill up to the largest, on the right and below
 
 
 @dataclass
@@ -198,7 +199,7 @@ class Condition:
 class MediaBatch:
     """All media of one kind in a batch, units of all items one after the other."""
 
-    inputs: Tensor  # [sum of units, *shape]
+    inputs: Tensor  # [sum of units, *shape]; of ragged items the largest shape, each layout says its own
     layouts: list[Layout]  # one per item
     slots: Tensor  # [sum of counts] flat positions in [B*T]
     counts: list[int]  # tokens of each item

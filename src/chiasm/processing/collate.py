@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -78,6 +79,10 @@ def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> Medi
     """All media of a kind, units one after the other, slots as flat positions of ``[B*T]``."""
     found: list[tuple[int, MediaItem]] = [(o, i) for o, s in enumerate(samples) for i in s.media if i.kind == kind]
     first_owner, first = found[0]
+    if all(item.ragged for _, item in found):
+        sides = [max(sizes) for sizes in zip(*(item.inputs.shape[2:] for _, item in found), strict=True)]
+        found = [(owner, replace(item, inputs=_filled(item.inputs, sides))) for owner, item in found]
+        first = found[0][1]
     for owner, item in found:
         if item.slots is None:
             raise DataError(f"sample {samples[owner].id!r}: a {kind} has no slots; make samples with a Processor")
@@ -98,6 +103,12 @@ def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> Medi
         given=[len(item.inputs) for _, item in found],
         cond=_condition([item.cond for _, item in found]),
     )
+
+
+def _filled(inputs: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """``[U, C, height, width]`` with zeros on the right and below, up to ``sides``."""
+    missing = [side - own for side, own in zip(sides, inputs.shape[2:], strict=True)]
+    return torch.nn.functional.pad(inputs, [n for size in reversed(missing) for n in (0, size)])
 
 
 def _condition(rows: Sequence[torch.Tensor | None]) -> Condition | None:
