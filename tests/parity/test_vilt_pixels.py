@@ -64,6 +64,6 @@ def test_a_batch_is_filled_with_zeros() -> None:
 
 def test_a_strip_is_refused() -> None:
     with pytest.raises(
-        DataError, match="sample 's', medium 1 of 1: a picture of 10x900 pixels .* holds no patch of 32"
+        DataError, match=r"sample 's', medium 1 of 1: a picture of 10x900 pixels .* holds no patch of 32"
     ):
         item(900, 10)

@@ -85,8 +85,8 @@ class ProportionalFrontEnd(FrontEnd):
         high, wide = self.config.size(*original)
         if not high or not wide:
             raise DataError(
-                f"{place}: a picture of {original[0]}x{original[1]} pixels keeps its proportions at {high}x{wide}, which "
-                f"holds no patch of {self.config.multiple} pixels; crop it first",
+                f"{place}: a picture of {original[0]}x{original[1]} pixels keeps its proportions at {high}x{wide}, "
+                f"which holds no patch of {self.config.multiple} pixels; crop it first",
                 "size",
             )
         return Layout(1, (3, high, wide), (0, 0), original)
