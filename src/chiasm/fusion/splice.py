@@ -139,6 +139,12 @@ class Splice(Fusion):
             features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
         tokens = self.connectors[stream.connector](*self._handed(stream, media, features, ids))  # [U, N', D]
         named[f"{kind}/projected"] = tokens
+        named[f"{kind}/merged"] = runs = self.merge(kind, media, tokens, ids)
+        return torch.cat(runs)  # [sum of counts, D]
+
+    def merge(self, kind: str, media: MediaBatch, tokens: Tokens, ids: list[str]) -> list[Tensor]:
+        """Projected tokens ``[U, N', D]`` → a run ``[M, D]`` for each medium. Raises DataError, as ``encode`` does."""
+        stream = self.config.stream(kind)
         if stream.pool and stream.pool_at == "after":
             tokens = stream.pool.apply(tokens)
         runs, start = [], 0
@@ -153,8 +159,7 @@ class Splice(Fusion):
                 )
             runs.append(run)
             start += layout.units
-        named[f"{kind}/merged"] = runs
-        return torch.cat(runs)  # [sum of counts, D]
+        return runs
 
     def _handed(
         self, stream: Stream, media: MediaBatch, features: Mapping[str, Tokens], ids: list[str]

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from chiasm.lm.base import LM, Cross, LMConfig
 from chiasm.nn.again import call
 from chiasm.nn.cache import KVCache
-from chiasm.nn.masks import Attend, causal
+from chiasm.nn.masks import Attend, causal, causal_mask
 from chiasm.nn.mlp import activation, gated
 from chiasm.nn.norm import RMSNorm
 from chiasm.nn.rope import Rope, RopeScaling, rotate
+from chiasm.nn.watch import Watching
 from chiasm.registry import register
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines, [B, 1, T, rotary]
@@ -89,7 +90,7 @@ class Decoder(LM):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.dim, self.vocab = config.dim, config.vocab
+        self.dim, self.vocab, self.depth = config.dim, config.vocab, config.depth
         self.max_positions = longest(config)
         self.rope = Rope(config.rotary, config.rope_theta, config.max_positions, config.rope_scaling)
         self.embedding = nn.Embedding(config.vocab, config.dim)
@@ -120,7 +121,26 @@ class Decoder(LM):
             if cross is not None and index in cross:
                 x = cross[index](x)
             x = call(layer, self.recompute and cache is None, x, turn, attend, cache, index)  # [B, T, D]
+        if cross is not None and self.depth in cross:
+            x = cross[self.depth](x)
         return self.norm(x)
+
+    def shares(
+        self, x: Tensor, positions: Tensor, segments: Tensor, rows: Tensor, last: int | None = None
+    ) -> Tensor | None:
+        """See the contract. None where learned prefixes or prompts add columns of their own."""
+        if self.extra:
+            return None
+        window = self.config.sliding_window
+        attend = causal(segments, positions, window=window)
+        visible = causal_mask(segments, positions, segments, positions, window)[:, :, rows]  # [B, 1, R, T]
+        watching = Watching(attend.mask, attend.causal, attend.runs, rows, visible)
+        depth = len(self.layers)
+        first = depth - min(depth, last or max(1, depth // 2))
+        turn = self.rope(positions, segments, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, turn, watching if index >= first else attend, None, index)  # [B, T, D]
+        return torch.stack(watching.seen).mean(dim=0) if len(watching.seen) == depth - first else None
 
     def head(self, hidden: Tensor) -> Tensor:
         """``hidden [..., D]`` → logits ``[..., V]``."""

@@ -50,13 +50,18 @@ class CrossAttention(nn.Module):
         ``values [B, L, D_source]``: what is fetched, where that is not what is compared (None: the source itself).
         """
         source = x if source is None else source
-        values = source if values is None else values
-        q, k, v = self._heads(self.q(x)), self._heads(self.k(source)), self._heads(self.v(values))  # [B, H, ., Dh]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.compared(x, source)  # [B, H, T, Dh], [B, H, L, Dh]
+        v = self._heads(self.v(source if values is None else values))  # [B, H, L, Dh]
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # [B, H, T, Dh]
         return self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
+
+    def compared(self, x: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H, T, Dh]`` and keys ``[B, H, L, Dh]``: the products of these say who looks where."""
+        q, k = self._heads(self.q(x)), self._heads(self.k(x if source is None else source))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, ., Dh]
