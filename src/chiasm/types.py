@@ -182,6 +182,9 @@ class Sample:
     media: list[MediaItem] = field(default_factory=list)
     target_ids: Tensor | None = None  # [S] long: the decoder's side, for encoder-decoder language models only
     source: str = ""  # the data source it came from
+    scores: Tensor | None = None  # [C] how right each label is, for models that classify
+    masked_ids: Tensor | None = None  # [T] long: input_ids with hidden words, for objectives that fill them
+    masked: Tensor | None = None  # [T] bool: which are hidden
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -225,6 +228,9 @@ class Batch:
     sources: list[str] = field(default_factory=list)
     labelled: bool = True  # False: no token is a target (generation)
     labels: Tensor | None = None  # [n] flat positions in [B*T] whose next token is a target; found when a batch moves
+    scores: Tensor | None = None  # [B, C] how right each label is
+    masked_ids: Tensor | None = None  # [B, T] long: input_ids with hidden words
+    masked: Tensor | None = None  # [B, T] bool: which are hidden
 
     def to(self, device: Any, dtype: Any = None) -> Batch:
         """A copy on ``device``; floating media tensors also change to ``dtype``."""
@@ -256,6 +262,9 @@ class Batch:
             self.sources,
             self.labelled,
             move(self.label_positions()) if str(device).split(":")[0] != "cpu" else None,
+            None if self.scores is None else self.scores.to(device),
+            move(self.masked_ids),
+            move(self.masked),
         )
 
     def label_positions(self) -> Tensor:

@@ -124,9 +124,12 @@ class Renderer:
     def sample(self, example: Example) -> Sample:
         """One example with its targets. Raises DataError that names it."""
         example = with_answer(example) if example.answers else example
-        sample = self.processor(list(example.messages), id=example.id, train=True, max_length=self.max_length)
+        config = getattr(self.processor, "config", None)
+        said = {"answers": example.answers} if getattr(config, "labels", ()) else {}
+        sample = self.processor(list(example.messages), id=example.id, train=True, max_length=self.max_length, **said)
         sample.source = example.source
-        if sample.target_ids is None and not bool(sample.loss_mask.any()):
+        beside = self.processor.template.beside  # pairs are compared: no token is a target
+        if not beside and sample.target_ids is None and not bool(sample.loss_mask.any()):
             raise DataError(
                 f"sample {example.id!r}: 0 of its {len(sample)} tokens are learned from; "
                 "give it an assistant turn that is not empty and not marked train=False",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from chiasm.config import PartConfig
-from chiasm.types import Layout, Media, MediaItem
+from chiasm.types import Encoding, Layout, Media, MediaItem, Piece
 
 
 class FrontEndConfig(PartConfig):
@@ -54,4 +55,30 @@ class Counter(Protocol):
 
     def __call__(self, kind: str, layout: Layout) -> int:
         """Tokens of one medium of this kind and layout."""
+        ...
+
+
+class TokenizerLike(Protocol):
+    """What the processor needs of a tokenizer."""
+
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    chat_template: Any
+    generation_stops: Any
+    tokens: Any
+    specials: Any
+    prefix: Any
+    suffix: Any
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> Encoding:
+        """The tokens of a rendered conversation."""
+        ...
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of some ids."""
+        ...
+
+    def token_of(self, index: int) -> str | None:
+        """The token of an id."""
         ...

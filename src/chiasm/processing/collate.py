@@ -72,7 +72,33 @@ def _batch(
     target_ids, target_mask = _targets(samples, pad_id)
     labelled = bool(mask.any()) or target_ids is not None
     names, sources = [s.id for s in samples], [s.source for s in samples]
-    return Batch(ids, positions, segments, mask, media, names, target_ids, target_mask, sources, labelled)
+    batch = Batch(ids, positions, segments, mask, media, names, target_ids, target_mask, sources, labelled)
+    batch.scores = _scores(samples)
+    batch.masked_ids, batch.masked = _masked(samples, places, ids)
+    return batch
+
+
+def _scores(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """How right each label is ``[B, C]``; None where no sample says so. Raises DataError where only some do."""
+    given = [s.scores for s in samples if s.scores is not None]
+    if given and len(given) != len(samples):
+        lacking = next(s.id for s in samples if s.scores is None)
+        raise DataError(f"sample {lacking!r}: has no answer but {len(given)} of {len(samples)} samples of the batch do")
+    return torch.stack(given) if given else None
+
+
+def _masked(
+    samples: Sequence[Sample], places: Sequence[tuple[int, int, int]], ids: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The ids with hidden words, and which those are, ``[B, T]`` each; None where no sample has hidden words."""
+    if all(s.masked_ids is None for s in samples):
+        return None, None
+    masked_ids, masked = ids.clone(), torch.zeros_like(ids, dtype=torch.bool)
+    for sample, (row, start, _) in zip(samples, places, strict=True):
+        if sample.masked_ids is not None and sample.masked is not None:
+            masked_ids[row, start : start + len(sample)] = sample.masked_ids
+            masked[row, start : start + len(sample)] = sample.masked
+    return masked_ids, masked
 
 
 def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> MediaBatch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -17,43 +17,19 @@ from pydantic import BeforeValidator, Field
 from chiasm import registry
 from chiasm.config import Config, PartConfig, part
 from chiasm.errors import ConfigError, DataError, nearest
-from chiasm.processing.base import Counter, FrontEnd, Place
+from chiasm.processing.base import Counter, FrontEnd, Place, TokenizerLike
 from chiasm.processing.box import BoxFormat, region_of, seen_regions
 from chiasm.processing.collate import collate, pack
 from chiasm.processing.cut import check_answers, cut
 from chiasm.processing.jinja import JinjaConfig, resolved
+from chiasm.processing.labels import scores
+from chiasm.processing.masking import Masker, Masking
 from chiasm.processing.messages import parse
 from chiasm.processing.template import Template
 from chiasm.processing.templates import template
 from chiasm.types import Batch, Box, Encoding, MediaItem, Message, Piece, Sample, Text
 
 Conversation = Sequence[Message | Mapping[str, Any]]
-
-
-class TokenizerLike(Protocol):
-    """What the processor needs of a tokenizer."""
-
-    eos_id: int | None
-    pad_id: int | None
-    unk_id: int | None
-    chat_template: Any
-    generation_stops: Any
-    tokens: Any
-    specials: Any
-    prefix: Any
-    suffix: Any
-
-    def encode_pieces(self, pieces: Sequence[Piece]) -> Encoding:
-        """The tokens of a rendered conversation."""
-        ...
-
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of some ids."""
-        ...
-
-    def token_of(self, index: int) -> str | None:
-        """The token of an id."""
-        ...
 
 
 def _template(values: Any) -> Any:
@@ -90,6 +66,8 @@ class ProcessingConfig(Config):
     box: BoxFormat = BoxFormat()
     instruction: Instruction | None = None  # for connectors that read it
     stop_strings: tuple[str, ...] = ()  # further strings that generation stops on
+    labels: tuple[str, ...] = ()  # the answers of a model that classifies, in the order of its classes
+    masking: Masking | None = None  # words hidden in training, for objectives that fill them
 
 
 @dataclass(frozen=True)
@@ -127,6 +105,7 @@ class Processor:
                 "processing.instruction is set, but the tokenizer has no second vocabulary to read it with: "
                 "tokenizer.with_instruction(other), or a folder that holds instruction_tokenizer.json"
             )
+        self._masker = Masker(config.masking, tokenizer) if config.masking else None
         self._end_ids, self._end_string = self._answer_end()
         self._always = self._always_trained()
         self.fill_id = next(i for i in (tokenizer.pad_id, tokenizer.unk_id, 0) if i is not None)
@@ -147,12 +126,16 @@ class Processor:
         add_generation_prompt: bool = False,
         train: bool = False,
         max_length: int | None = None,
+        answers: Sequence[str] = (),
     ) -> Sample:
         """One conversation → ``Sample``: ``input_ids [T]``, ``loss_mask [T]``, media with slots.
+
+        ``answers`` are what several people answered, for a model that classifies (``labels``).
 
         Raises DataError that names the sample; ConfigError where ``train`` is asked of a template that ends answers
         with nothing generation stops on.
         """
+        hide = train and self._masker is not None
         if self.template.beside:
             add_generation_prompt = train = False  # there is no answer to ask for or to learn
         if train:
@@ -170,7 +153,12 @@ class Processor:
         pieces = self.template.render(parsed, add_generation_prompt, f"sample {id!r}")
         sample = self._sample(id, pieces, items, target)
         limit = max_length if max_length is not None else self.config.max_length
-        return cut(sample, limit, train, prompt=add_generation_prompt)
+        sample = cut(sample, limit, train, prompt=add_generation_prompt)
+        if self.config.labels:
+            sample.scores = scores(self.config.labels, parsed, answers, f"sample {id!r}")
+        if hide and self._masker is not None:
+            sample.masked_ids, sample.masked = self._masker(sample.input_ids)
+        return sample
 
     def batch(
         self,
