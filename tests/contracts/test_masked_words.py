@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from chiasm.types import Message, Text
 class WordPieces:
     """Twenty tokens, of which those from 10 on continue a word."""
 
-    specials = {"[CLS]": 0, "[SEP]": 1, "[MASK]": 2}
+    specials: ClassVar = {"[CLS]": 0, "[SEP]": 1, "[MASK]": 2}
     vocab_size = 20
 
     def token_of(self, index: int) -> str:
