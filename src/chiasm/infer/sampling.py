@@ -18,30 +18,53 @@ from torch import Tensor
 from chiasm.config import Config
 
 
-class Options(Config):
-    """All choices of generation. ``temperature`` 0 is greedy; ``seed`` None draws one for each conversation."""
+class Sampling(Config):
+    """How one answer is chosen, and when it ends. ``temperature`` 0 is greedy; ``seed`` None draws one.
+
+    ``presence_penalty`` and ``frequency_penalty`` are OpenAI's: subtracted once, or for each time, that a token stands
+    in the answer; ``repetition_penalty`` counts the prompt too. ``logit_bias`` maps ids to what is added to their
+    logits. ``logprobs`` is how many of the best tokens are told beside each chosen one (0: the chosen only).
+    """
 
     max_new_tokens: int = Field(128, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    num_beams: int = Field(1, ge=1)
-    length_penalty: float = 1.0
-    repetition_penalty: float = Field(1.0, gt=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    logprobs: int | None = Field(None, ge=0)
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Sampling:
+        if "" in self.stop:
+            raise ValueError("an empty stop string would stop at once")
+        if self.min_tokens > self.max_new_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_new_tokens {self.max_new_tokens}")
+        return self
+
+
+class Options(Sampling):
+    """All choices of ``generate``: those of an answer, and beam search."""
+
+    num_beams: int = Field(1, ge=1)
+    length_penalty: float = 1.0
     use_cache: bool = True
 
     @model_validator(mode="after")
     def _agrees(self) -> Options:
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(f"beam search takes no chances: num_beams={self.num_beams} needs temperature=0")
-        if self.temperature == 0 and (self.top_k or self.top_p):
+        if self.temperature == 0 and (self.top_k or self.top_p is not None or self.min_p):
             raise ValueError(
-                "top_k and top_p choose among sampled tokens: give a temperature above 0, or leave them out"
+                "top_k, top_p and min_p choose among sampled tokens: give a temperature above 0, or leave them out"
             )
-        if "" in self.stop:
-            raise ValueError("an empty stop string would stop at once")
         return self
 
 
