@@ -22,6 +22,7 @@ from chiasm.compose import build_model, check_counts, install
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
+from chiasm.infer import embed, zero_shot
 from chiasm.infer.engine import generate, is_conversation
 from chiasm.infer.look import Look, look
 from chiasm.lm.tokenizer import Tokenizer
@@ -82,6 +83,22 @@ class VLM:
         """
         answer = self.generate(messages) if answer is None else answer
         return look(self.model, self.processor, messages, answer, word, **options)
+
+    # ---------------------------------------------------------------------------------------------- vectors
+
+    def embed(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, **options: Any) -> Tensor:
+        """Vectors of unit length ``[n, D]`` of pictures or of texts: models of two towers. See ``chiasm.infer.embed``.
+
+        ``options``: ``batch``, ``workers`` (threads that decode pictures). Raises DataError, ConfigError.
+        """
+        return embed.embed(self.model, self.processor, images, texts, **options)
+
+    def classify(self, images: Sequence[Any], labels: Sequence[str], templates: Any = None, **options: Any) -> Tensor:
+        """Probabilities ``[n, labels]`` without training. ``templates``: texts with ``{}``, or a set's name.
+
+        ``options``: ``independent``, ``batch``, ``workers``: see ``chiasm.infer.zero_shot``. Raises DataError.
+        """
+        return zero_shot.classify(self.model, self.processor, images, labels, templates, **options)
 
     # ---------------------------------------------------------------------------------------------- parameters
 

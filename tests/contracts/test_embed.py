@@ -1,0 +1,154 @@
+"""Vectors and zero-shot classification: order, batches, threads, bad input, and the published arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from towers import two_towers
+
+import chiasm
+from chiasm.errors import ConfigError, DataError
+from chiasm.infer import zero_shot
+from chiasm.infer.embed import stream
+from chiasm.vlm import VLM
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> VLM:
+    return two_towers(tmp_path_factory.mktemp("clip"))
+
+
+def pictures(count: int) -> list[Image.Image]:
+    values = np.random.default_rng(3)
+    return [Image.fromarray(values.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)) for i in range(count)]
+
+
+def test_batches_and_threads_change_nothing(clip: VLM):
+    shown = pictures(7)
+    alone = torch.cat([clip.embed(images=[p]) for p in shown])
+    assert alone.shape == (7, 12) and torch.allclose(alone.norm(dim=-1), torch.ones(7), atol=1e-6)
+    torch.testing.assert_close(clip.embed(images=shown, batch=3), alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(clip.embed(images=shown, batch=2, workers=2), alone, atol=1e-6, rtol=1e-5)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
+def test_texts_keep_their_order_whatever_their_length(clip: VLM):
+    texts = ["a long text about a cat", "b", "a text", "another long text, about a dog"]
+    alone = torch.cat([clip.embed(texts=[t]) for t in texts])
+    torch.testing.assert_close(clip.embed(texts=texts, batch=2), alone, atol=1e-6, rtol=1e-5)
+    assert clip.embed(texts=[]).shape == (0, 12)
+
+
+def test_the_model_stays_in_its_mode(clip: VLM):
+    clip.train()
+    clip.embed(texts=["a"])
+    assert clip.model.training
+    clip.eval()
+
+
+def test_classify_is_the_published_formula(clip: VLM):
+    shown, labels, forms = pictures(3), ["cat", "dog", "red car"], ["a photo of a {}.", "art of the {}"]
+    got = clip.classify(images=shown, labels=labels, templates=forms)
+    classes = []
+    for label in labels:
+        prompts = clip.embed(texts=[form.format(label) for form in forms])
+        mean = prompts.mean(0)
+        classes.append(mean / mean.norm())
+    cosine = clip.embed(images=shown) @ torch.stack(classes).T
+    expected = F.softmax(clip.model.logit_scale.detach().exp() * cosine, dim=-1)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert got.std() > 1e-4
+
+
+def test_the_scale_is_bounded_in_evaluation_only(clip: VLM):
+    before = clip.model.logit_scale.detach().clone()
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(math.log(250))
+    try:
+        with torch.no_grad():
+            assert float(clip.model.eval().scale()) == pytest.approx(100)
+            assert float(clip.model.train().scale()) == pytest.approx(250)
+        (_, highest) = clip.model.scale_bounds()["logit_scale"]
+        assert math.exp(highest) == pytest.approx(100)
+    finally:
+        with torch.no_grad():
+            clip.model.logit_scale.copy_(before)
+        clip.eval()
+
+
+def test_independent_probabilities(clip: VLM, tmp_path: Path):
+    with pytest.raises(ConfigError, match="sigmoid"):
+        clip.classify(images=pictures(1), labels=["a"], independent=True)
+    sigmoid = two_towers(tmp_path, **{"model.bias_init": -3.0, "model.scale_init": 10.0})
+    got = sigmoid.classify(images=pictures(2), labels=["cat", "dog"], independent=True)
+    cosine = sigmoid.embed(images=pictures(2)) @ sigmoid.embed(texts=["cat", "dog"]).T
+    torch.testing.assert_close(got, torch.sigmoid(10 * cosine - 3), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "words"),
+    [
+        ([], None, "0 labels"),
+        (["cat", " "], None, "label 2 of 2 is empty"),
+        ("cat", None, "give a list"),
+        (["cat"], ["a photo"], "no '{}'"),
+        (["cat"], [], "0 templates"),
+        (["cat"], "imagnet", "did you mean 'imagenet"),
+    ],
+)
+def test_bad_labels_and_templates(clip: VLM, labels: Any, templates: Any, words: str):
+    with pytest.raises(DataError) as told:
+        clip.classify(images=pictures(1), labels=labels, templates=templates)
+    assert words in str(told.value)
+
+
+def test_bad_pictures(clip: VLM, tmp_path: Path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    shown = [pictures(1)[0], str(broken), pictures(2)[1]]
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        clip.embed(images=shown)
+    for workers in (0, 2):
+        told: list[int] = []
+        found = list(
+            stream(clip.model, clip.processor, shown, batch=2, workers=workers, broken=lambda i, e, t=told: t.append(i))
+        )
+        assert told == [1] and [rows for rows, _ in found] == [[0], [2]]
+    with pytest.raises(DataError, match="text 2 is int"):
+        clip.embed(texts=["a", 5])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="empty"):
+        clip.embed(texts=["  "])
+    with pytest.raises(ConfigError, match="one of the two"):
+        clip.embed()
+
+
+def test_writing_is_refused(clip: VLM):
+    with pytest.raises(ConfigError, match="embed or classify"):
+        clip.generate([{"role": "user", "content": "hello"}])
+
+
+def test_saved_and_loaded(clip: VLM, tmp_path: Path):
+    clip.save(tmp_path / "saved")
+    again = chiasm.load(tmp_path / "saved")
+    texts = ["a cat", "two dogs"]
+    assert torch.equal(again.embed(texts=texts), clip.embed(texts=texts))
+    assert torch.equal(again.embed(images=pictures(2)), clip.embed(images=pictures(2)))
+
+
+def test_published_prompts():
+    sets = zero_shot.template_sets()
+    assert len(sets["imagenet"]) == 80 and len(sets) == 29
+    names = zero_shot.class_names("imagenet")
+    assert len(names) == 1000 and len(set(names)) == 998
+    # openai/CLIP's notebook, hashed there
+    assert hashlib.sha256("\n".join(sets["imagenet"]).encode()).hexdigest().startswith("4f976686")
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest().startswith("571ae1c5")
+    assert set(sets["imagenet-7"]) <= set(sets["imagenet"])
