@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,18 +14,22 @@ from chiasm.lm.base import LM
 from chiasm.types import Condition, Layout
 
 
-def assemble(config: Any) -> tuple[dict[str, Encoder], dict[str, Connector], LM]:
+def assemble(
+    config: Any, width: int | Literal["lm", "encoder"] = "lm"
+) -> tuple[dict[str, Encoder], dict[str, Connector], LM]:
     """The parts of a configuration with ``encoders``, ``connectors``, ``lm`` and ``media`` (streams by kind).
 
-    A connector is given the widths of the encoders that its streams name, and the language model's. Raises ConfigError
-    where streams disagree or name what is not there.
+    A connector is given the widths of the encoders that its streams name, and the ``width`` it maps to: the language
+    model's, its encoder's or a number. Raises ConfigError where streams disagree or name what is not there.
     """
     encoders = {name: registry.get("encoder", c.type)(c) for name, c in config.encoders.items()}
     lm = registry.get("lm", config.lm.type)(config.lm)
     connectors = {}
     for name, c in config.connectors.items():
         in_dims = {source: encoders[source].dim for source in _sources(config, name)}
-        connectors[name] = registry.get("connector", c.type)(c, in_dims=in_dims, out_dim=lm.dim)
+        own = next(iter(in_dims.values()))
+        out_dim = {"lm": lm.dim, "encoder": own}.get(width, width)
+        connectors[name] = registry.get("connector", c.type)(c, in_dims=in_dims, out_dim=out_dim)
     return encoders, connectors, lm
 
 

@@ -182,6 +182,14 @@ class Splice(Fusion):
         rows = torch.tensor(owner, device=media.cond.ids.device)  # [U]
         return _one_or_all(features), Condition(media.cond.ids[rows], media.cond.mask[rows])
 
+    def media(self, batch: Batch, x: Tensor, named: dict[str, Any]) -> Any:
+        """What stands beside the sequence ``x [B, T, D]`` for the language model to look at: here nothing."""
+        return None
+
+    def states(self, x: Tensor, positions: Tensor, segments: Tensor, media: Any = None, cache: Any = None) -> Tensor:
+        """The input ``x [B, T, D]`` that ``splice`` gives, and what stands beside it → hidden states ``[B, T, D]``."""
+        return self.lm(x, positions, segments, cache=cache)
+
     def step(self, ids: Tensor, positions: Tensor, segments: Tensor, cache: Any) -> Tensor:
         """``ids [B, 1]`` → logits ``[B, V]`` of the next token."""
         hidden = self.lm(self.lm.embed(ids), positions, segments, cache=cache)  # [B, 1, D]

@@ -62,6 +62,7 @@ class Afresh(Steps):
             raise ConfigError(f"{type(model).__name__} cannot write without a cache: leave use_cache as it is")
         self.model = model
         self.x = model.splice(batch, {})  # [B, T, D]
+        self.media = model.media(batch, self.x, {})  # what stands beside the sequence, or None
         self.positions, self.segments = batch.positions, batch.segment_ids  # each [B, T]
         self.next = (batch.segment_ids != 0).sum(dim=1, keepdim=True)  # [B, 1]
         self._run()
@@ -78,9 +79,10 @@ class Afresh(Steps):
         """Row ``i`` becomes what ``rows[i]`` was."""
         names = ("logits", "x", "positions", "segments", "next")
         self.logits, self.x, self.positions, self.segments, self.next = (getattr(self, name)[rows] for name in names)
+        self.media = self.media if self.media is None else self.media.reorder(rows)
 
     def _run(self) -> None:
-        hidden = self.model.lm(self.x, self.positions, self.segments)  # [R, T, D]
+        hidden = self.model.states(self.x, self.positions, self.segments, self.media)  # [R, T, D]
         columns = torch.arange(hidden.shape[1], device=hidden.device)
         last = ((self.segments != 0) * columns).argmax(dim=1)  # [R]
         self.logits = self.model.lm.head(

@@ -58,7 +58,7 @@ class HFLM(LM):
     ) -> Tensor:
         """``x [B, T, D]``, ``positions``, ``segments`` ``[B, T]`` → final hidden states ``[B, T, D]``."""
         if cross:
-            raise ConfigError("lm 'hf' has no place for cross-attention between its layers: use lm 'decoder'")
+            raise ConfigError("lm 'hf' has no place for cross-attention between its layers: use lm 'decoder' or 'gpt'")
         self._check_head(x)
         past = None
         if cache is not None:

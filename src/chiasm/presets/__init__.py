@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from chiasm import registry
 from chiasm.model_config import VLMConfig
-from chiasm.presets import blip2, hf_blip2, hf_llava, instructblip, llava, llava_next, llava_onevision, original_llava
+from chiasm.presets import (
+    blip2,
+    hf_blip2,
+    hf_idefics,
+    hf_llava,
+    instructblip,
+    llava,
+    llava_next,
+    llava_onevision,
+    original_llava,
+)
 from chiasm.presets.record import Preset
 from chiasm.presets.tiny import VOCAB
 from chiasm.presets.tiny import tiny as shrink
@@ -18,6 +28,7 @@ __all__ = [
     "Preset",
     "blip2",
     "hf_blip2",
+    "hf_idefics",
     "hf_llava",
     "instructblip",
     "llava",

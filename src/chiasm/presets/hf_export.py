@@ -13,7 +13,7 @@ from chiasm.convert.engine import export_tensors
 from chiasm.convert.io import write_json, write_weights
 from chiasm.encoders.vit import ViT
 from chiasm.errors import CheckpointError
-from chiasm.fusion.splice import Splice, Stream
+from chiasm.fusion.splice import Stream
 from chiasm.presets.hf_llava import IMAGE_PROCESSORS, VIDEO_PROCESSORS, rules
 from chiasm.presets.hf_parts import write_lm, write_tower
 from chiasm.presets.hf_processing import write_image
@@ -68,7 +68,7 @@ def write(folder: Path, vlm: Any, max_shard: int) -> None:
 
 def family(model: Any) -> tuple[str, dict[str, Any]]:
     """The ``model_type`` of a composition and the keys that only it has. Raises CheckpointError."""
-    if not isinstance(model, Splice.Config):
+    if model.type != "splice":
         raise CheckpointError(f"export: a fusion of type {model.type!r} has no class in transformers")
     lost = []
     if set(model.encoders) != {"image"}:

@@ -54,6 +54,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": list(CLIP_STD),
         "resample": 3,
     },
+    "IdeficsImageProcessor": {
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "resample": 3,
+    },
     "ViTImageProcessor": {
         "size": {"height": 224, "width": 224},
         "do_center_crop": False,
@@ -176,6 +183,8 @@ def write_image(config: ImageFrontEnd.Config, kind: str, where: str) -> dict[str
         values |= {"size": {"height": config.size, "width": config.size}, "do_center_crop": False}
         if kind in ("CLIPImageProcessor", "LlavaImageProcessor"):
             values["image_processor_type"] = "SiglipImageProcessor"
+        elif kind == "IdeficsImageProcessor":
+            values["image_size"] = config.size
         else:
             lost.append("fit='squash'")
     else:

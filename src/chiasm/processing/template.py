@@ -81,6 +81,7 @@ class TurnsConfig(TemplateConfig):
     strip: bool = False  # white space around each text is taken off
     media_at: Literal["front", "front_if_single", "inline"] = "front"
     media_wrap: tuple[str, str] = ("", "")
+    share_wrap: bool = False  # media that follow each other share the text between them (Idefics)
     media_suffix: str = "\n"  # after a medium that stands before the text of its turn
     controls: tuple[str, ...] = ()  # the control tokens in these strings; a tokenizer without one of them is refused
     loss: Literal["answer", "llava_qwen", "all"] = "answer"
@@ -212,9 +213,11 @@ class TurnsTemplate(Template):
         return pieces
 
     def _medium(self, pieces: list[Piece], number: int, medium: Media) -> None:
-        self._write(pieces, self.config.media_wrap[0], False)
+        before, after = self.config.media_wrap
+        if not (self.config.share_wrap and pieces and pieces[-1] == Piece(self._fill(after), literal=True)):
+            self._write(pieces, before, False)
         pieces.append(Piece(self.placeholders.get(medium.kind, ""), medium=number))
-        self._write(pieces, self.config.media_wrap[1], False)
+        self._write(pieces, after, False)
 
     def _write(self, pieces: list[Piece], text: str, train: bool) -> None:
         if text:

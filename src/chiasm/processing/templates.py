@@ -1,7 +1,8 @@
 """The published templates by name, each as data.
 
 Sources: ``llava/conversation.py`` of haotian-liu/LLaVA c121f04 and of LLaVA-VL/LLaVA-NeXT, and the training code for
-those that are only built there; BLIP-2's from salesforce/LAVIS 506965b. A name serves to write configurations; what a
+those that are only built there; BLIP-2's from salesforce/LAVIS 506965b; OpenFlamingo's from its ``evaluate.py``
+655f693; Idefics' from the processor of transformers 5.23. A name serves to write configurations; what a
 model saves is the data.
 """
 
@@ -79,6 +80,12 @@ def _chatml(system: str | None, newline: str, **changes: Any) -> TurnsConfig:
     )
 
 
+_AROUND: dict[str, Any] = {
+    "media_at": "inline",
+    "media_wrap": ("<fake_token_around_image>", "<fake_token_around_image>"),
+    "media_suffix": "",
+    "share_wrap": True,
+}
 _QWEN = _chatml("You are a helpful assistant.", "\n", media_at="front_if_single")
 _HERMES = _chatml("Answer the questions.", "")
 
@@ -133,6 +140,23 @@ TEMPLATES: dict[str, TurnsConfig] = {
     "blip2_opt": TurnsConfig(answer=Answer(end="\n"), media_suffix="{bos}"),
     "instructblip": TurnsConfig(answer=Answer(lead=" ", end="{eos}"), media_suffix="{bos}"),
     "blip2_t5": TurnsConfig(answer=Answer(end="{eos}"), media_suffix=""),
+    # OpenFlamingo: a picture, its text, the token that ends the chunk; shots are turns that follow each other. Prompts
+    # are the user's: "Output:" after the picture for captions, "Question:... Short answer:" for questions.
+    "openflamingo": TurnsConfig(
+        answer=Answer(end="<|endofchunk|>"), media_at="inline", media_suffix="", controls=("<|endofchunk|>",)
+    ),
+    # Idefics: as the examples of transformers write prompts. A text that opens a turn brings its own space.
+    "idefics": TurnsConfig(
+        user_turn=Turn(prefix="User:", suffix="\n"), answer=Answer(prompt="Assistant:", lead=" ", end="\n"), **_AROUND
+    ),
+    "idefics_instruct": TurnsConfig(
+        user_turn=Turn(prefix="User:", suffix="<end_of_utterance>\n"),
+        answer=Answer(prompt="Assistant:", lead=" ", end="<end_of_utterance>", after="\n"),
+        controls=("<end_of_utterance>",),
+        **_AROUND,
+    ),
+    # BLIP-2's first stage, of which BERT reads the captions: the picture stands beside the text.
+    "blip2_caption": TurnsConfig(user_text=False, answer=Answer(end="[SEP]"), media_suffix="", controls=("[SEP]",)),
     "bare": TurnsConfig(user_turn=Turn(suffix="\n"), answer=Answer(end="{eos}")),
 }
 
