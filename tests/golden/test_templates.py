@@ -115,7 +115,10 @@ def test_blip_prompts(name: str, expected: str, tokenizers: dict) -> None:
 
 
 def test_every_template_is_covered() -> None:
-    assert TEMPLATES.keys() - STRINGS.keys() == {*BLIP, "v0_mmtag", "v1_mmtag", "plain", "simple", "bare"}
+    assert TEMPLATES.keys() - STRINGS.keys() == {
+        *(*BLIP, "blip2_caption"),
+        *("v0_mmtag", "v1_mmtag", "plain", "simple", "bare"),
+    }
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

@@ -286,7 +286,7 @@ def test_dropout_runs_in_training_only():
 def test_what_is_refused():
     _, reads = instruct()
     x = Tokens(noise(1, 7, SOURCE))
-    with pytest.raises(DataError, match="17 tokens does not fit the 16 positions"):
+    with pytest.raises(DataError, match="a text of 17 tokens does not fit the 16 positions"):
         reads(x, words(1, 17))
     with pytest.raises(DataError, match="reads the instruction and got none"):
         reads(x)

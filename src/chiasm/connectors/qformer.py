@@ -147,8 +147,8 @@ class TextEmbedding(nn.Module):
         room = self.positions.num_embeddings
         if ids.shape[1] > room:
             raise DataError(
-                f"an instruction of {ids.shape[1]} tokens does not fit the {room} positions of the query transformer; "
-                f"shorten it, or set processing.instruction.max_length to at most {room}"
+                f"a text of {ids.shape[1]} tokens does not fit the {room} positions of the query transformer; shorten "
+                f"it, or set processing.instruction.max_length (a caption's: max_length) to at most {room}"
             )
         return self.words(ids) + self.positions.weight[: ids.shape[1]]  # [B, L, D]
 
@@ -199,11 +199,14 @@ class QFormer(Connector):
     """``queries`` learned vectors, a query transformer, one linear layer to the language model's width."""
 
     class Config(BodyConfig, ConnectorConfig):
-        """``instruction``: the queries read the instruction along with the picture (needs ``text``)."""
+        """``instruction``: the queries read the instruction along with the picture (needs ``text``). ``project``
+        false: the queries' states are handed on as they are, to the heads of a ``query_text`` model.
+        """
 
         type: str = "qformer"
         queries: PositiveInt = 32
         instruction: bool = False
+        project: bool = True
 
         @model_validator(mode="after")
         def _reads(self) -> QFormer.Config:
@@ -223,10 +226,14 @@ class QFormer(Connector):
 
     def __init__(self, config: Config, in_dims: Mapping[str, int], out_dim: int):
         super().__init__()
+        if not config.project and config.dim != out_dim:
+            raise ConfigError(
+                f"qformer: project=false hands on vectors of width {config.dim}, {out_dim} are wanted; set project=true"
+            )
         self.config = config
         self.queries = nn.Parameter(torch.randn(config.queries, config.dim) * 0.02)
         self.body = QueryTransformer(config, sole(in_dims, "qformer"))
-        self.proj = nn.Linear(config.dim, out_dim)
+        self.proj = nn.Linear(config.dim, out_dim) if config.project else None
 
     def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Condition | None = None) -> Tokens:
         """``x [U, N, D_in]``, the instruction ``cond.ids [U, L]`` → ``[U, K, D_out]``."""
@@ -234,7 +241,8 @@ class QFormer(Connector):
         if self.config.instruction and cond is None:
             raise DataError("this connector reads the instruction and got none: set processing.instruction")
         x = self.states(tokens, cond if self.config.instruction else None)  # [U, K+L, D]
-        return Tokens(self.proj(x[:, : self.config.queries]))  # [U, K, D_out]
+        x = x[:, : self.config.queries]  # [U, K, D]
+        return Tokens(x if self.proj is None else self.proj(x))  # [U, K, D_out]
 
     def states(self, tokens: Tokens, text: Condition | None = None, mask: Tensor | None = None) -> Tensor:
         """Last states of queries and text ``[U, K+L, D]``: what the objectives of the first stage read."""
@@ -242,7 +250,12 @@ class QFormer(Connector):
         return self.body(queries, tokens, text, mask)
 
     def unused(self) -> list[str]:
-        """Names of parameters that never run when the connector does: the text half where nothing is read with it."""
+        """Names of parameters that never run when the connector does: the text half where nothing is read with it.
+
+        Without ``project`` the first stage's tasks run all of them.
+        """
+        if not self.config.project:
+            return []
         last = f"body.layers.{self.config.depth - 1}.text_"
         names = [name for name, _ in self.named_parameters()]
         if self.config.instruction:

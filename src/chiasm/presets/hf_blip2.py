@@ -1,4 +1,4 @@
-"""Folders of transformers with a BLIP-2 or an InstructBLIP.
+"""Folders of transformers with a BLIP-2 (for writing or for retrieval) or an InstructBLIP.
 
 Reference: the configuration, processing and model classes of transformers 5.23. Their processors put the picture's
 tokens before the token that opens the text, and know no chat template: the prompt is the user's text.
@@ -16,6 +16,7 @@ from chiasm.convert.rules import AnyRule, prefixed, rename, squeeze
 from chiasm.errors import CheckpointError
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import Provenance, VLMConfig
+from chiasm.presets import hf_blip2_retrieval as retrieval
 from chiasm.presets.checkpoint import Checkpoint, Options, Reader
 from chiasm.presets.hf_llava import check_sizes, check_token
 from chiasm.presets.hf_parts import Part, read_lm
@@ -51,7 +52,9 @@ _TOP = {"num_query_tokens": 32, "image_token_index": None}
 
 @register("checkpoint", "hf_blip2")
 class HFBlip2(Reader):
-    """``Blip2ForConditionalGeneration`` and ``InstructBlipForConditionalGeneration``, with any language model."""
+    """``Blip2ForConditionalGeneration`` and ``InstructBlipForConditionalGeneration``, with any language model, and
+    ``Blip2ForImageTextRetrieval``.
+    """
 
     name = "hf_blip2"
 
@@ -63,12 +66,15 @@ class HFBlip2(Reader):
         """See the contract."""
         where, c = str(folder), _TOP | dict(values)
         weights = open_weights(folder, options.allow_pickle)
-        lm = language_model(c, weights, where)
         reads = c["model_type"] == "instructblip"
         qformer = QFORMER | (c.get("qformer_config") or {})
-        if qformer["use_qformer_text_input"]:
-            raise CheckpointError(f"{where} holds BLIP-2 for retrieval, which writes no text: it is not read")
         vision = VISION | (c.get("vision_config") or {})
+        if qformer["use_qformer_text_input"]:
+            found = bridge(qformer, c["num_query_tokens"], True, where)
+            return retrieval.read(
+                folder, weights, tower(vision, where), found, c.get("image_text_hidden_size", 256), options
+            )
+        lm = language_model(c, weights, where)
         tokenizer = Tokenizer.from_folder(folder)
         written = bool(getattr(lm.config, "config", {}).get("is_encoder_decoder", False)) or _is_t5(lm)
         model = {
