@@ -30,6 +30,7 @@ STEPS: dict[str, int] = {
     "eval": 10,
     "train": 11,  # a run ends with its held-out evaluation, so train may use eval, never the other way
     "demo": 12,
+    "serve": 12,
     "cli": 13,
     "__main__": 14,
 }

@@ -15,6 +15,7 @@ VERBS = {
     "check": "Look at every sample of a data set before training, on the CPU.",
     "eval": "Score a model on held-out examples, with true and with shuffled pictures.",
     "chat": "Talk to a model about pictures.",
+    "serve": "Answer requests of OpenAI's clients, and a chat page, over HTTP.",
     "generate": "Answer one prompt, or every line of a JSONL file.",
     "selftest": "Try a promise of the package on your own recipe: that a killed run resumes to the same bits.",
     "inspect": "Show a sample as the model sees it and walk it through the model.",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
 from PIL import Image as Pillow
 from starlette.requests import Request
 
@@ -14,7 +15,7 @@ from chiasm.errors import ChiasmError
 from chiasm.serve.errors import ApiError, refused, shown
 from chiasm.serve.gate import Wanted
 from chiasm.serve.options import Limits
-from chiasm.serve.state import state_of
+from chiasm.serve.state import State, state_of
 from chiasm.types import Image, Message, Part, Text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -44,8 +45,16 @@ async def open_messages(request: Request, values: Any) -> tuple[Message, ...]:
     """OpenAI's ``messages`` with every picture opened. Raises ApiError (400)."""
     state = state_of(request)
     outline = read(values, state.options.limits)
+    found = await state.gate.bring(outline.wanted)
+    with state.hold(sum(map(len, found))):
+        async with state.opening:
+            return await anyio.to_thread.run_sync(opened, state, outline, found)
+
+
+def opened(state: State, outline: Outline, found: list[bytes]) -> tuple[Message, ...]:
+    """The messages of an outline, its pictures decoded. Blocks. Raises ApiError (400)."""
     start = time.perf_counter()
-    pictures = await state.gate.open(outline.wanted)
+    pictures = state.gate.decode(outline.wanted, found)
     if pictures:
         state.metrics.opening.see(time.perf_counter() - start)
     return built(outline, pictures)
@@ -100,11 +109,11 @@ def _turn(value: Any, place: str, wanted: list[Wanted]) -> Turn:
     if not isinstance(content, list) or not content:
         text = f"{place}.content must be a string or a list of at least one part"
         raise ApiError(400, text, f"{place}.content")
-    parts = [_part(part, role, f"{place}.content[{i}]", wanted) for i, part in enumerate(content)]
+    parts = [part(one, role, f"{place}.content[{i}]", wanted) for i, one in enumerate(content)]
     return Turn(role, parts, calls, str(value.get("tool_call_id") or "")[:128])
 
 
-def _part(part: Any, role: str, place: str, wanted: list[Wanted]) -> str | int:
+def part(part: Any, role: str, place: str, wanted: list[Wanted]) -> str | int:
     """The text of a part, or the number of its picture."""
     if isinstance(part, str):
         return part

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from typing import Any
 
 from starlette.requests import Request
@@ -19,7 +20,7 @@ MESSAGE_LENGTH = 500
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer. ``param`` is the place in the request, ``code`` a word for programs."""
+    """What a client is told instead of an answer. ``param`` is the place in the request, ``code`` is for programs."""
 
     def __init__(
         self,
@@ -59,7 +60,9 @@ def busy(message: str, code: str, retry: int) -> ApiError:
 
 def internal() -> ApiError:
     """500: our fault, of which a client is told nothing but the request id in the header."""
-    return ApiError(500, "an error inside the server; its log has it under this request's x-request-id", code="internal")
+    return ApiError(
+        500, "an error inside the server; its log has it under this request's x-request-id", code="internal"
+    )
 
 
 def refused(error: ChiasmError) -> ApiError:
@@ -85,8 +88,13 @@ def clean(text: str) -> str:
 
 def shown(value: Any, length: int = 60) -> str:
     """A value of the request, as short as an error may repeat it."""
-    text = repr(value[: length + 1] if isinstance(value, str) else value)
+    text = _short.repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+_short = reprlib.Repr()  # looks at the beginning of a value only, however large it is
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxlevel = 2
 
 
 async def handle(request: Request, error: Exception) -> Response:

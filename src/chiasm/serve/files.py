@@ -1,4 +1,4 @@
-"""Pictures of this machine by ``file://`` addresses, from one folder that the operator opened, and from nowhere else."""
+"""Pictures of this machine by ``file://`` addresses, from one folder that the operator opened, and nowhere else."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ decoded; and no text of a decoder reaches a client.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -44,15 +44,15 @@ class Gate:
         self.fetcher = fetcher or Fetcher(options)
         self.rejected: dict[str, int] = {}
 
-    async def open(self, wanted: Sequence[Wanted]) -> list[Pillow.Image]:
-        """The pictures, loaded, first frame of each. Raises ApiError (400)."""
+    async def bring(self, wanted: Sequence[Wanted]) -> list[bytes]:
+        """The files of the pictures, fetched side by side where that is allowed. Raises ApiError (400)."""
         if len(wanted) > self.options.pictures:
             text = f"{len(wanted)} pictures in one request; at most {self.options.pictures} are taken"
             raise self._error("count", text, wanted[self.options.pictures].param)
         found: list[bytes] = [b""] * len(wanted)
         errors: dict[int, ApiError] = {}
 
-        async def bring(index: int) -> None:
+        async def one(index: int) -> None:
             try:
                 found[index] = await self._bytes(wanted[index])
             except Refused as error:
@@ -60,10 +60,10 @@ class Gate:
 
         async with anyio.create_task_group() as group:
             for index in range(len(wanted)):
-                group.start_soon(bring, index)
+                group.start_soon(one, index)
         if errors:
             raise errors[min(errors)]
-        return await anyio.to_thread.run_sync(partial(self._decode, wanted, found))
+        return found
 
     async def _bytes(self, wanted: Wanted) -> bytes:
         scheme = wanted.url[:8].lower()
@@ -75,7 +75,8 @@ class Gate:
             return await anyio.to_thread.run_sync(read, wanted.url, self.options)
         return from_base64(wanted.url, self.options.picture_bytes, bare=True)
 
-    def _decode(self, wanted: Sequence[Wanted], found: list[bytes]) -> list[Pillow.Image]:
+    def decode(self, wanted: Sequence[Wanted], found: list[bytes]) -> list[Pillow.Image]:
+        """The pictures, loaded, first frame of each; ``found`` is emptied. Blocks. Raises ApiError (400)."""
         pictures, pixels = [], 0
         for index, one in enumerate(wanted):
             try:
@@ -111,7 +112,7 @@ def from_base64(text: str, most: int, bare: bool = False) -> bytes:
         raise Refused(f"a picture's file is above the limit of {most} bytes")
     try:
         packed = text.encode("ascii").translate(None, b" \t\r\n\f")
-        data = binascii.a2b_base64(packed, strict_mode=True)
+        data = base64.b64decode(packed, validate=True)
     except (UnicodeEncodeError, binascii.Error):
         raise wrong from None
     if len(data) > most:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -11,27 +13,28 @@ from pydantic import Field, model_validator
 from chiasm.config import Config
 
 MB = 1 << 20
+log = logging.getLogger("chiasm.serve")
 
 
 class Limits(Config):
     """The largest request that is looked at. What is above a limit is refused, before it costs memory or time."""
 
-    body_bytes: int = Field(32 * MB, ge=1)
-    held_bytes: int = Field(256 * MB, ge=1)  # of all bodies that are being read or opened
-    header_bytes: int = Field(32 * 1024, ge=1024)
-    body_seconds: float = Field(60.0, gt=0)  # to send a body
-    messages: int = Field(1024, ge=1)
-    parts: int = Field(4096, ge=1)  # of all messages
-    text_characters: int = Field(1_000_000, ge=1)  # of all messages
-    n: int = Field(8, ge=1)  # answers of one request
-    new_tokens: int = Field(4096, ge=1)  # of an answer; a larger max_tokens is lowered to it
-    tools: int = Field(128, ge=0)
-    schema_bytes: int = Field(64 * 1024, ge=0)  # of a JSON schema
-    requests: int = Field(256, ge=1)  # answered at a time, waiting ones included
-    opened: int = Field(4, ge=1)  # requests whose pictures are opened and rendered at a time
-    request_seconds: float = Field(600.0, gt=0)  # from the first byte to the last token
-    send_seconds: float = Field(60.0, gt=0)  # for a client to take a piece of a stream
-    inputs: int = Field(256, ge=1)  # texts or pictures of one request for embeddings
+    body_bytes: int = Field(default=32 * MB, ge=1)
+    held_bytes: int = Field(default=256 * MB, ge=1)  # of all bodies that are being read or opened
+    header_bytes: int = Field(default=32 * 1024, ge=1024)
+    body_seconds: float = Field(default=60.0, gt=0)  # to send a body
+    messages: int = Field(default=1024, ge=1)
+    parts: int = Field(default=4096, ge=1)  # of all messages
+    text_characters: int = Field(default=1_000_000, ge=1)  # of all messages
+    n: int = Field(default=8, ge=1)  # answers of one request
+    new_tokens: int = Field(default=4096, ge=1)  # of an answer; a larger max_tokens is lowered to it
+    tools: int = Field(default=128, ge=0)
+    schema_bytes: int = Field(default=64 * 1024, ge=0)  # of a JSON schema
+    requests: int = Field(default=256, ge=1)  # answered at a time, waiting ones included
+    opened: int = Field(default=4, ge=1)  # requests whose pictures are opened and rendered at a time
+    request_seconds: float = Field(default=600.0, gt=0)  # from the first byte to the last token
+    send_seconds: float = Field(default=60.0, gt=0)  # for a client to take a piece of a stream
+    inputs: int = Field(default=256, ge=1)  # texts or pictures of one request for embeddings
 
 
 class MediaOptions(Config):
@@ -44,15 +47,15 @@ class MediaOptions(Config):
     hosts: tuple[str, ...] = ()
     ports: tuple[int, ...] = (80, 443)
     root: str | None = None
-    pictures: int = Field(16, ge=0)  # of one request
-    picture_bytes: int = Field(20 * MB, ge=1)  # of one file
-    picture_pixels: int = Field(50_000_000, ge=1)
-    request_pixels: int = Field(100_000_000, ge=1)  # of all pictures of a request
-    side: int = Field(16_384, ge=1)  # pixels
-    aspect: float = Field(200.0, ge=1)  # the longer side in shorter ones
-    fetch_seconds: float = Field(10.0, gt=0)  # for one picture, redirects included
-    fetches: int = Field(8, ge=1)  # at a time
-    redirects: int = Field(3, ge=0)
+    pictures: int = Field(default=16, ge=0)  # of one request
+    picture_bytes: int = Field(default=20 * MB, ge=1)  # of one file
+    picture_pixels: int = Field(default=50_000_000, ge=1)
+    request_pixels: int = Field(default=100_000_000, ge=1)  # of all pictures of a request
+    side: int = Field(default=16_384, ge=1)  # pixels
+    aspect: float = Field(default=200.0, ge=1)  # the longer side in shorter ones
+    fetch_seconds: float = Field(default=10.0, gt=0)  # for one picture, redirects included
+    fetches: int = Field(default=8, ge=1)  # at a time
+    redirects: int = Field(default=3, ge=0)
 
 
 class ServeOptions(Config):
@@ -64,16 +67,16 @@ class ServeOptions(Config):
     """
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     page: bool = True
-    temperature: float = Field(1.0, ge=0, le=2)  # where a request gives none; OpenAI's default
-    ping_seconds: float = Field(15.0, gt=0)  # between signs of life of a silent stream
-    retry_seconds: int = Field(2, ge=1)  # what Retry-After says when the queue is full
-    drain_seconds: float = Field(30.0, ge=0)  # that running answers get after SIGTERM
-    watch_seconds: float = Field(5.0, gt=0)  # a dead engine is seen for that long before the process ends
+    temperature: float = Field(default=1.0, ge=0, le=2)  # where a request gives none; OpenAI's default
+    ping_seconds: float = Field(default=15.0, gt=0)  # between signs of life of a silent stream
+    retry_seconds: int = Field(default=2, ge=1)  # what Retry-After says when the queue is full
+    drain_seconds: float = Field(default=30.0, ge=0)  # that running answers get after SIGTERM
+    watch_seconds: float = Field(default=5.0, gt=0)  # a dead engine is seen for that long before the process ends
     limits: Limits = Limits()
     media: MediaOptions = MediaOptions()
 
@@ -109,6 +112,7 @@ class Served:
         self.service: Any = None
         self.vlm: Any = None
         self.error: Exception | None = None
+        self.embedding = threading.Lock()  # one batch of embeddings at a time
 
     @classmethod
     def ready(cls, name: str, service: Any = None, vlm: Any = None) -> Served:
@@ -125,6 +129,7 @@ class Served:
             self.state = "ready"
         except Exception as error:  # whatever a loader raises, the other models go on
             self.error, self.state = error, "failed"
+            log.exception("model %s cannot be loaded", self.name)
 
     @property
     def healthy(self) -> bool:
@@ -139,7 +144,7 @@ class Served:
     @property
     def can_embed(self) -> bool:
         """Whether it makes vectors of texts and pictures."""
-        return hasattr(self.vlm, "embed")
+        return hasattr(self.vlm, "embed") and hasattr(self.vlm.model, "embed_images")
 
 
 Models = Mapping[str, Served]

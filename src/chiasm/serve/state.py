@@ -45,6 +45,17 @@ class State:
         finally:
             self.answering -= 1
 
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Counts bytes in. Raises ApiError 503 where there are too many."""
+        if size and self.held + size > self.options.limits.held_bytes:
+            raise self.full("bytes", "too many bytes are being read")
+        self.held += size
+        try:
+            yield
+        finally:
+            self.held -= size
+
     def full(self, reason: str, message: str) -> ApiError:
         """503 with Retry-After, counted."""
         self.metrics.rejections.add(reason=reason)
