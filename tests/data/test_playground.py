@@ -11,7 +11,7 @@ import pytest
 from chiasm.config import Config
 from chiasm.data.mixture import Entry
 from chiasm.data.shuffle import media_of
-from chiasm.data.sources.playground import CAPTION_TASKS, QUESTION_TASKS, SCENE_AND_DIGIT_TASKS, TASKS
+from chiasm.data.sources.playground import CAPTION_TASKS, LABEL_TASKS, QUESTION_TASKS, SCENE_AND_DIGIT_TASKS, TASKS
 from chiasm.data.sources.playground.digits import handwriting, handwriting_split, pool
 from chiasm.data.sources.playground.scenes import Thing, related
 from chiasm.data.sources.playground.source import DIGITS, FAMILIES, Playground, PlaygroundText
@@ -211,7 +211,7 @@ def test_the_same_world_in_words():
 def test_captions_name_everything():
     example = source(tasks=("caption",), length=1)[0]
     assert example.messages[-1].text.startswith("A") and example.messages[-1].text.endswith(".")
-    assert set(CAPTION_TASKS) | set(QUESTION_TASKS) == set(TASKS)
+    assert set(CAPTION_TASKS) | set(QUESTION_TASKS) | set(LABEL_TASKS) == set(TASKS)
 
 
 def test_bad_configurations_say_what_is_near():

@@ -5,7 +5,7 @@ Papers: CLIP (arXiv:2103.00020), ALIGN (arXiv:2102.05918), SigLIP (arXiv:2303.15
 
 Differences by design: pictures and texts need not be as many as each other; vectors and scores are float32 or wider
 whatever the type of the model; the bound on the scale (100 in CLIP's paper) holds in evaluation by itself, and in
-training where the loop calls ``limit_scale`` after each step, as the published trainers do.
+training because the loop puts the parameter back within ``scale_bounds`` after each step, as the published trainers do.
 
 Letters: ``I`` pictures, ``B`` texts, ``D`` the width of the shared space.
 """
@@ -148,15 +148,13 @@ class DualTower(Fusion):
         scores = self.scale().to(images.dtype) * images @ texts.T  # [I, B]
         return scores if self.bias is None else scores + self.bias.to(scores.dtype)
 
-    @torch.no_grad()
-    def limit_scale(self) -> None:
-        """Put the scale back to at most ``max_scale``, and at least 1; for a training loop, after each step."""
+    def scale_bounds(self) -> dict[str, tuple[float, float]]:
+        """The scale's parameter with its lowest and highest value: a scale of at least 1 and at most ``max_scale``."""
         if self.config.max_scale is None:
-            return
+            return {}
         if self.config.scale == "log":
-            self.logit_scale.clamp_(0, math.log(self.config.max_scale))
-        else:
-            self.temperature.clamp_(1 / self.config.max_scale, 1)
+            return {"logit_scale": (0.0, math.log(self.config.max_scale))}
+        return {"temperature": (1 / self.config.max_scale, 1.0)}
 
     def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:
         """``batch [B, T]`` → ``Output``: hidden ``[B, D]``, and named: ``image/embeds [I, D]``, ``text/embeds [B, D]``,

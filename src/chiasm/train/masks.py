@@ -22,7 +22,7 @@ def check_masks(processor: Any, batch: Batch, examples: Mapping[str, Example], m
     Trained must be: every answer whole, its end behind it, and beyond that only what the template itself writes. Left
     out are templates that learn everything, and answers that hold boxes or media. Raises ProofError naming the sample.
     """
-    if getattr(processor.template.config, "loss", "") == "all":
+    if getattr(processor.template.config, "loss", "") == "all" or processor.template.beside:
         return 0
     limit = max_length if max_length is not None else processor.config.max_length
     done = 0

@@ -11,7 +11,8 @@ from chiasm.data.base import Example, with_answer
 from chiasm.data.loader import Renderer
 from chiasm.errors import DataError
 from chiasm.train.meter import Meter, Reading
-from chiasm.train.objectives.base import Objective
+from chiasm.train.objectives.base import Objective, StepObjective
+from chiasm.train.together import joined
 
 
 class Probe:
@@ -19,6 +20,8 @@ class Probe:
 
     ``held_out/loss`` over all examples, and of those with media ``held_out/loss_shuffled`` and the meter's reading,
     ``image_use/…``. With ``seen`` the examples are training data, for want of others: the meter alone is read then.
+    An objective that compares samples compares all examples with each other; there is no meter for it, as a picture
+    that says nothing cannot be told from others.
     """
 
     def __init__(
@@ -33,15 +36,16 @@ class Probe:
         self.model, self.objective, self.batch, self.seen = model, objective, batch, seen
         self.renderer = Renderer(renderer.processor, renderer.max_length)
         examples = [e for e in examples if _usable(self.renderer, e)] if seen else examples
-        self.examples = [with_answer(example) for example in examples]
-        self.meter = Meter(model, renderer, examples, batch)
+        compares = isinstance(objective, StepObjective)
+        self.examples = list(examples) if compares else [with_answer(example) for example in examples]
+        self.meter = None if compares else Meter(model, renderer, examples, batch)
         self.reading: Reading | None = None
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
         """The losses per target token. The model is in eval mode."""
-        found: dict[str, Any] = {} if self.seen else {"held_out/loss": self._loss(self.examples)}
-        self.reading = self.meter()
+        found: dict[str, Any] = {} if self.seen else self._loss(self.examples)
+        self.reading = self.meter() if self.meter else None
         if self.reading is not None:
             found |= {} if self.seen else {"held_out/loss_shuffled": self.reading.shuffled}
             found |= self.reading.record() | {"image_use/told": self.told()}
@@ -49,7 +53,9 @@ class Probe:
 
     def use(self, model: Any) -> None:
         """Measure this model: the one in pieces while ranks train it, the ordinary one afterwards."""
-        self.model = self.meter.model = model
+        self.model = model
+        if self.meter:
+            self.meter.model = model
 
     def told(self) -> str:
         """The last reading in a sentence; empty where there is none."""
@@ -57,13 +63,25 @@ class Probe:
             return ""
         return self.reading.told() + (" of the training data" if self.seen else "")
 
-    def _loss(self, examples: list[Example]) -> float:
+    def _loss(self, examples: list[Example]) -> dict[str, float]:
+        """The mean loss, and what an objective that compares samples counts beside it."""
         total = weight = 0.0
+        rows, also = [], {}
         for start in range(0, len(examples), self.batch):
             batch = self.renderer.batch(examples[start : start + self.batch])
-            loss = self.objective(self.model, batch.to(self.model.device, dtype=self.model.dtype))
+            batch = batch.to(self.model.device, dtype=self.model.dtype)
+            if isinstance(self.objective, StepObjective):
+                rows.append(self.objective.embed(self.model, batch))
+                continue
+            loss = self.objective(self.model, batch)
             total, weight = total + float(loss.total), weight + loss.weight
-        return total / max(1.0, weight)
+        if isinstance(self.objective, StepObjective) and rows:
+            loss = self.objective.compare(self.model, joined(rows))
+            total, weight = float(loss.total), loss.weight
+            also = {
+                f"held_out/{n}": float(s / w) for n, (s, w) in loss.parts.items() if w and not n.startswith("source/")
+            }
+        return {"held_out/loss": total / max(1.0, weight)} | also
 
 
 def _usable(renderer: Renderer, example: Example) -> bool:

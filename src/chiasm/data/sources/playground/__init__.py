@@ -2,6 +2,7 @@
 
 from chiasm.data.sources.playground.source import (
     CAPTION_TASKS,
+    LABEL_TASKS,
     QUESTION_TASKS,
     SCENE_AND_DIGIT_TASKS,
     TASKS,
@@ -9,4 +10,12 @@ from chiasm.data.sources.playground.source import (
     PlaygroundText,
 )
 
-__all__ = ["CAPTION_TASKS", "QUESTION_TASKS", "SCENE_AND_DIGIT_TASKS", "TASKS", "Playground", "PlaygroundText"]
+__all__ = [
+    "CAPTION_TASKS",
+    "LABEL_TASKS",
+    "QUESTION_TASKS",
+    "SCENE_AND_DIGIT_TASKS",
+    "TASKS",
+    "Playground",
+    "PlaygroundText",
+]

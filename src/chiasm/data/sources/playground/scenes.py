@@ -106,6 +106,26 @@ class Scenes(Family):
         return _attribute(thing, kind, rng)
 
 
+class Singles(Scenes):
+    """Scenes of one object, named by colour and shape: labels for classification.
+
+    A single object is the same thing as a scene of one, so that the splits of both agree.
+    """
+
+    name = "single"
+    kinds = ("name",)
+    balanced: ClassVar[dict[str, tuple[str, ...]]] = {}
+    labels = tuple(f"{c} {s}" for c in COLORS for s in SHAPES)
+
+    def sample(self, rng: Random, split: Split) -> Scene:
+        """One object."""
+        return (Thing(rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(SIZES), rng.randrange(9)),)
+
+    def ask(self, thing: Scene, kind: str, rng: Random) -> Question | None:
+        """The only question."""
+        return Question(kind, "What is shown?", f"{thing[0].color} {thing[0].name}")
+
+
 def shorthand(scene: Scene) -> str:
     """One word for each place, row by row: size, colour and name of what is there, written together; else ``void``."""
     found = {t.place: t.words.replace(" ", "") for t in scene}

@@ -13,7 +13,7 @@ from chiasm.data.base import Example, Source, SourceConfig
 from chiasm.data.sources.playground.charts import Charts
 from chiasm.data.sources.playground.digits import Crowds, Digits
 from chiasm.data.sources.playground.pairs import Clips, Pairs
-from chiasm.data.sources.playground.scenes import Scenes
+from chiasm.data.sources.playground.scenes import Scenes, Singles
 from chiasm.data.sources.playground.words import Bills, Signs
 from chiasm.data.sources.playground.world import SPLITS, Family, Question, Split, chance, further, invent
 from chiasm.errors import DataError, nearest
@@ -21,8 +21,8 @@ from chiasm.registry import register
 from chiasm.types import Media, Message, Text
 
 SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS = Scenes(), Digits(), Charts(), Signs(), Bills(), Pairs(), Clips()
-CROWDS = Crowds("crowd", 3, 9)
-FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS, CROWDS)
+CROWDS, SINGLES = Crowds("crowd", 3, 9), Singles()
+FAMILIES: tuple[Family, ...] = (SCENES, DIGITS, CHARTS, SIGNS, BILLS, PAIRS, CLIPS, CROWDS, SINGLES)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ TASKS: dict[str, Task] = {
     "bill_caption": Task(BILLS, ("caption",)),
     "pair_caption": Task(PAIRS, ("caption",)),
     "clip_caption": Task(CLIPS, ("caption",)),
+    "single": Task(SINGLES, SINGLES.kinds),
 }
 SCENE_AND_DIGIT_TASKS = ("scene_qa", "scene_count", "scene_reasoning", "scene_turns", "digit_qa", "digit_reasoning")
 CAPTION_TASKS = tuple(name for name, task in TASKS.items() if task.kinds == ("caption",))
-QUESTION_TASKS = tuple(name for name in TASKS if name not in CAPTION_TASKS)
+LABEL_TASKS = ("single",)  # the answer is one of a few labels: for classification
+QUESTION_TASKS = tuple(name for name in TASKS if name not in (*CAPTION_TASKS, *LABEL_TASKS))
 
 
 class PlaygroundConfig(SourceConfig):
@@ -189,6 +191,7 @@ def more(family: Family, thing: Any, asked: set[str], count: int, rng: Random) -
 __all__ = [
     "CAPTION_TASKS",
     "FAMILIES",
+    "LABEL_TASKS",
     "QUESTION_TASKS",
     "SCENE_AND_DIGIT_TASKS",
     "SPLITS",
