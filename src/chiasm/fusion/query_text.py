@@ -209,7 +209,7 @@ class QueryText(Fusion):
         """The batch's texts: a unit vector of each, ``[B, d]``, without any picture."""
         text, bridge = self.text(batch), self.bridge
         none = bridge.queries.new_zeros(len(text.ids), 0, bridge.config.dim)  # [B, 0, D]
-        width = self.encoders[self.config.stream(self.config.kind).encoders[0]].dim
+        width: Any = self.encoders[self.config.stream(self.config.kind).encoders[0]].dim
         nothing = Tokens(none.new_zeros(len(text.ids), 1, width))  # no query looks at it
         states = bridge.body(none, nothing, text, unimodal(0, text.mask))  # [B, L, D]
         return self._unit(self.text_proj(states[:, 0]))

@@ -99,7 +99,8 @@ class Stage1(StepObjective):
         if rows is None:
             return Loss(torch.zeros((), device=model.device), 0)
         step = Step(model, rows, sizes, ranks)
-        n, total, parts = len(rows), 0.0 * step.graph, {}  # the sum keeps a rank without pairs in the graph
+        n, total = len(rows), 0.0 * step.graph  # the sum keeps a rank without pairs in the graph
+        parts: dict[str, tuple[float | Tensor, float | Tensor]] = {}
         if self.config.contrast:
             loss = self._contrast(step)
             total, parts["contrast"] = total + self.config.contrast * loss, (loss.detach(), n)
