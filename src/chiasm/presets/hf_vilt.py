@@ -24,7 +24,7 @@ from chiasm.presets.hf_processing import RESAMPLE, processor_values
 from chiasm.processing.proportional import ProportionalFrontEnd
 from chiasm.registry import register
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "vocab_size": 30522,
     "type_vocab_size": 2,
     "modality_type_vocab_size": 2,
