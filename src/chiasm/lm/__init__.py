@@ -1,5 +1,5 @@
 """Language models."""
 
-from chiasm.lm import decoder, hf
+from chiasm.lm import decoder, gpt, hf
 
-__all__ = ["decoder", "hf"]
+__all__ = ["decoder", "gpt", "hf"]

@@ -60,11 +60,10 @@ _PERCEIVER = {
     "resampler_head_dim": 96,
     "qk_layer_norms_perceiver": False,
 }
-_LM_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act") + (
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-)
+_LM_KEYS = [
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
+]
 END = "<end_of_utterance>"
 
 

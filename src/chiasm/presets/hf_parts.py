@@ -20,7 +20,9 @@ from chiasm.encoders.hf import HFEncoder
 from chiasm.encoders.vit import ViT
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.lm.decoder import Decoder
+from chiasm.lm.gpt import GPT
 from chiasm.lm.hf import HFLM
+from chiasm.presets.hf_gpt import read_gpt, write_gpt
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def read_lm(values: Mapping[str, Any], tied: bool | None = None) -> Part:
     ``tied`` overrides ``tie_word_embeddings`` (LLaVA keeps it at the top of its configuration). Raises ConfigError.
     """
     kind = values.get("model_type")
+    if found := read_gpt(values):
+        return Part(*found)
     if kind not in DEFAULTS or kind in ("clip_vision_model", "siglip_vision_model", "vit"):
         return _hf_lm(values)
     c = DEFAULTS[kind] | dict(values)
@@ -217,6 +221,8 @@ def write_lm(config: PartConfig) -> tuple[dict[str, Any], list[AnyRule]]:
     """A language model of ours as a transformers configuration, and its rules. Raises CheckpointError."""
     if isinstance(config, HFLM.Config):
         return dict(config.config), hf_rules(config)
+    if isinstance(config, GPT.Config) and (found := write_gpt(config)):
+        return found
     if not isinstance(config, Decoder.Config):
         raise CheckpointError(f"a language model of type {config.type!r} has no counterpart in transformers")
     c = config
