@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from towers_kit import SIZE, batch, filled, hf_clip, hf_siglip
-from weights import randomise
+from towers_kit import SIZE, batch, filled, hf_align, hf_clip, hf_siglip
+from weights import lively
 
 from chiasm.compose import build_model
 from chiasm.convert import maps_towers
@@ -52,8 +52,31 @@ def siglip() -> DualTower.Config:
     )  # fmt: skip
 
 
+def align() -> DualTower.Config:
+    text = {"type": "bert", "vocab": 50, "dim": 32, "depth": 2, "heads": 2, "mlp": 64, "positions": 32}
+    stages = [
+        {"channels": 16, "expand": 1},
+        {"channels": 24, "kernel": 5, "stride": 2, "repeats": 2, "expand": 6},
+        {"channels": 32, "stride": 2, "expand": 4},
+    ]
+    image = {
+        "type": "efficientnet", "image_size": SIZE, "width": 0.5, "depth": 1.2, "stages": stages, "square_padding": [4]
+    }  # fmt: skip
+    return DualTower.Config.parse(
+        {
+            "dim": 16, "max_scale": None, "scale": "divisor", "scale_init": 1.0,
+            "encoders": {"image": image, "text": {**text, "pooler": "unused"}},
+            "connectors": {
+                "image": {"type": "pooled", "pool": "mean", "project": "none"},
+                "text": {"type": "pooled", "pool": "first", "project": "linear_bias"},
+            },
+        }
+    )  # fmt: skip
+
+
 CASES: dict[str, Any] = {
     "clip": (clip, hf_clip, maps_towers.clip_hf, [[98, 5, 6, 7, 99], [98, 9, 99], [98, 1, 2, 3, 4, 5, 99]]),
+    "align": (align, hf_align, maps_towers.align_hf, [[2, 5, 6, 7, 3], [2, 9, 3], [2, 1, 2, 3, 4, 5, 3]]),
     "siglip": (siglip, hf_siglip, maps_towers.siglip_hf, [[5, 6, 1, *[1] * 13], [8, 9, 7, 1, *[1] * 12]]),
 }
 
@@ -61,14 +84,18 @@ CASES: dict[str, Any] = {
 @pytest.mark.parametrize("name", CASES)
 def test_embeddings_and_logits(name: str, rng: torch.Generator):
     config, theirs, rules, texts = CASES[name]
-    hf = randomise(theirs())
+    hf = lively(theirs())
     model = build_model(config())
     filled(model, hf.state_dict(), rules())
     given = batch(torch.randn(3, 3, SIZE, SIZE, generator=rng), texts)
     mask = None if name == "siglip" else given.segment_ids
     with torch.no_grad():
+        if name == "align":
+            hf.temperature.fill_(0.05)
+            model.temperature.fill_(0.05)
         expected = hf(pixel_values=given.media["image"].inputs, input_ids=given.input_ids, attention_mask=mask)
         out = model(given)
+    assert expected.logits_per_image.std(0).min() > 1e-3  # pictures differ
     torch.testing.assert_close(out.named["image/embeds"], expected.image_embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.named["text/embeds"], expected.text_embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.named["logits_per_image"], expected.logits_per_image, atol=1e-5, rtol=1e-5)

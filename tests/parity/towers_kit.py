@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import AlignConfig, AlignModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import Info, Weights
@@ -62,6 +62,31 @@ def hf_siglip() -> Any:
         "patch_size": 8,
     }
     return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+
+
+def hf_align() -> Any:
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    vision = {
+        "image_size": SIZE,
+        "width_coefficient": 0.5,
+        "depth_coefficient": 1.2,
+        "kernel_sizes": [3, 5, 3],
+        "in_channels": [32, 16, 24],
+        "out_channels": [16, 24, 32],
+        "strides": [1, 2, 2],
+        "num_block_repeats": [1, 2, 1],
+        "expand_ratios": [1, 6, 4],
+        "depthwise_padding": [4],
+        "hidden_dim": 16,
+    }
+    return AlignModel(AlignConfig(projection_dim=16, text_config=text, vision_config=vision))
 
 
 def filled(model: Fusion, state: dict[str, Tensor], rules: list[AnyRule]) -> Fusion:

@@ -1,6 +1,7 @@
 """Connectors: from the encoders' widths to the language model's."""
 
 from chiasm.connectors import (
+    clip_pool,
     dynamic,
     gate,
     hierarchical,
@@ -15,6 +16,7 @@ from chiasm.connectors import (
 )
 
 __all__ = [
+    "clip_pool",
     "dynamic",
     "gate",
     "hierarchical",

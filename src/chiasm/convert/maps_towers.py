@@ -125,3 +125,73 @@ def _text_hf() -> list[AnyRule]:
         *(rename(layer + a + ".{leaf}", block + b + ".{leaf}") for a, b in names.items()),
         rename("text_model.final_layer_norm.{leaf}", TEXT + "norm.{leaf}"),
     ]
+
+
+# ------------------------------------------------------------------------------------------- residual networks, ALIGN
+
+
+def clip_openai_resnet() -> list[AnyRule]:
+    """The state dict of OpenAI's ``CLIP`` with a residual network ↔ ``dual_tower``."""
+    layer, pool = "visual.layer", "visual.attnpool."
+    rules: list[AnyRule] = [*clip_openai_text()]
+    for n in (1, 2, 3):
+        rules.append(rename(f"visual.conv{n}.weight", IMAGE + f"conv{n}.weight"))
+        rules.append(rename(f"visual.bn{n}." + "{leaf}", IMAGE + f"norm{n}." + "{leaf}"))
+    for n in range(4):
+        theirs, ours = f"{layer}{n + 1}." + "{i}.", IMAGE + f"stages.{n}." + "{i}."
+        for k in (1, 2, 3):
+            rules.append(rename(theirs + f"conv{k}.weight", ours + f"conv{k}.weight"))
+            rules.append(rename(theirs + f"bn{k}." + "{leaf}", ours + f"norm{k}." + "{leaf}"))
+        rules.append(rename(theirs + "downsample.0.weight", ours + "short_conv.weight"))
+        rules.append(rename(theirs + "downsample.1.{leaf}", ours + "short_norm.{leaf}"))
+    rules.append(rename(pool + "positional_embedding", "connectors.image.positions"))
+    for theirs, ours in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("c_proj", "out")):
+        rules.append(rename(pool + theirs + ".{leaf}", f"connectors.image.{ours}." + "{leaf}"))
+    return rules
+
+
+def bert_hf() -> list[AnyRule]:
+    """``BertModel`` (and ``AlignTextModel``) ↔ ``bert``, without a prefix."""
+    layer, block = "encoder.layer.{i}.", "blocks.{i}."
+    names = {
+        "attention.self.query": "attn.q",
+        "attention.self.key": "attn.k",
+        "attention.self.value": "attn.v",
+        "attention.output.dense": "attn.out",
+        "attention.output.LayerNorm": "norm1",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+        "output.LayerNorm": "norm2",
+    }
+    return [
+        rename("embeddings.word_embeddings.weight", "embedding.words.weight"),
+        rename("embeddings.position_embeddings.weight", "embedding.positions.weight"),
+        rename("embeddings.token_type_embeddings.weight", "embedding.kinds.weight"),
+        rename("embeddings.LayerNorm.{leaf}", "embedding.norm.{leaf}"),
+        *(Drop("embeddings." + name, maps.COMPUTED) for name in ("position_ids", "token_type_ids")),
+        *(rename(layer + a + ".{leaf}", block + b + ".{leaf}") for a, b in names.items()),
+        rename("pooler.dense.{leaf}", "pooler.{leaf}"),
+    ]
+
+
+def align_hf() -> list[AnyRule]:
+    """``AlignModel`` ↔ ``dual_tower``."""
+    theirs, ours = "vision_model.encoder.blocks.{i}.", IMAGE + "blocks.{i}."
+    names = {
+        "expansion.expand_conv": "expand",
+        "expansion.expand_bn": "expand_norm",
+        "depthwise_conv.depthwise_conv": "depthwise",
+        "depthwise_conv.depthwise_norm": "depthwise_norm",
+        "squeeze_excite.reduce": "reduce",
+        "squeeze_excite.expand": "excite",
+        "projection.project_conv": "project",
+        "projection.project_bn": "project_norm",
+    }
+    return [
+        *prefixed(bert_hf(), "text_model.", TEXT),
+        rename("text_projection.{leaf}", "connectors.text.proj.{leaf}"),
+        rename("temperature", "temperature"),
+        rename("vision_model.embeddings.convolution.weight", IMAGE + "stem.weight"),
+        rename("vision_model.embeddings.batchnorm.{leaf}", IMAGE + "stem_norm.{leaf}"),
+        *(rename(theirs + a + ".{leaf}", ours + b + ".{leaf}") for a, b in names.items()),
+    ]
