@@ -101,6 +101,10 @@ def look(
     chosen = choose(read.words, word)
     if not read.sample.media:
         raise DataError("this conversation holds no picture to look at; add one, or ask about another turn")
+    room = getattr(getattr(model, "lm", None), "max_positions", None)
+    if room is not None and len(read.sample) > room:
+        told = f"the conversation takes {len(read.sample)} positions, the language model has {room}: shorten it"
+        raise DataError(told, "too_long")
     batch = processor.collate([read.sample]).to(model.device, model.dtype)
     with evaluating(model) if model.training else torch.no_grad():
         units = None if method == "gradient" else attended(model, batch, read, chosen, last)

@@ -68,7 +68,7 @@ def walk(
     """Render ``messages``, run the model once and keep every stage.
 
     ``train`` renders the conversation as training sees it (answers included, targets marked); otherwise the prompt for
-    the next answer, which is then generated. Raises what rendering raises.
+    the next answer, which is then generated (``max_new_tokens`` 0: not). Raises what rendering raises.
     """
     sample = vlm.processor(messages, id=name, add_generation_prompt=not train, train=train)
     batch = vlm.processor.collate([sample])
@@ -88,7 +88,7 @@ def walk(
         units=[unit for i, item in enumerate(sample.media) for unit in _units(vlm, i, item)],
         stages=_stages(vlm, sample, output),
         candidates=_candidates(vlm, output.logits[0]),
-        answer="" if train else vlm.generate(list(messages), max_new_tokens=max_new_tokens),
+        answer="" if train or not max_new_tokens else vlm.generate(list(messages), max_new_tokens=max_new_tokens),
         counts={
             "tokens": len(sample),
             "text tokens": sum(row.medium is None for row in tokens),
