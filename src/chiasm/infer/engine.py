@@ -99,7 +99,8 @@ class Engine:
             if room is not None and length >= room + written:
                 raise DataError(
                     f"sample {name!r}: the prompt takes {length} positions, the language model has {room} and needs "
-                    "one to answer: shorten the conversation, or give fewer or smaller media"
+                    "one to answer: shorten the conversation, or give fewer or smaller media",
+                    "too_long",
                 )
             left = options.max_new_tokens if room is None else room - 1 if written else room - length
             limits.append(min(options.max_new_tokens, left))
