@@ -257,7 +257,7 @@ def test_every_tensor_that_runs_has_a_gradient() -> None:
 
 def test_bad_input() -> None:
     model, _ = made()
-    words, pictures = inputs()
+    _, pictures = inputs()
     long = Words(torch.ones(3, 11, dtype=torch.long), torch.ones(3, 11, dtype=torch.bool))
     with pytest.raises(DataError, match="11 tokens does not fit the 10 positions"):
         model.joint(long, pictures)
