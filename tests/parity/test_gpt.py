@@ -20,7 +20,6 @@ from chiasm.errors import ConfigError
 from chiasm.lm.gpt import GPT, slopes
 from chiasm.presets.hf_parts import read_lm, write_lm
 
-
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 NEOX = {
     **{"model_type": "gpt_neox", "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3},
@@ -163,6 +162,6 @@ def test_slopes_and_what_is_refused():
     assert slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     with pytest.raises(ConfigError, match="width 10 cannot be split into 4 heads"):
         GPT.Config.parse({"vocab": 9, "dim": 10, "depth": 1, "heads": 4, "mlp": 8})
-    with pytest.raises(ConfigError, match="rotary_share 0.4 of 8 channels is 3"):
+    with pytest.raises(ConfigError, match=r"rotary_share 0\.4 of 8 channels is 3"):
         GPT.Config.parse({"vocab": 9, "dim": 32, "depth": 1, "heads": 4, "mlp": 8, "rotary_share": 0.4})
     assert read_lm(NEOX | {"attention_bias": False}).config.type == "hf"

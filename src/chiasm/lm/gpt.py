@@ -40,7 +40,7 @@ class GPT(LM):
     class Config(LMConfig):
         """Sizes and switches.
 
-        ``positions``: rotary over ``rotary_share`` of each head, or ALiBi, whose steepest slope is 2^-(alibi_max/heads).
+        ``positions``: rotary over ``rotary_share`` of a head, or ALiBi, whose steepest slope is 2^-(alibi_max/heads).
         ``parallel``: attention and perceptron read the same input (GPT-NeoX). ``qk_norm``: norms over all queries and
         over all keys (MosaicGPT). ``clip``: the largest absolute value of queries, keys and values.
         """
