@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from chiasm import registry
+from chiasm.checkpoints import halves
 from chiasm.config import PartConfig
-from chiasm.convert import maps
+from chiasm.connectors.qformer import QFormer
+from chiasm.convert import maps, maps_blip
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import open_weights, read_json
 from chiasm.convert.rules import Alias, AnyRule, Drop, Plan, Rule, prefixed, rename
@@ -29,15 +31,31 @@ from chiasm.presets.hf_parts import Part, read_lm, read_tower, same_part
 
 
 def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = False) -> Plan:
-    """Fill the part of ``model`` called ``part`` from ``path``; gives the plan. Raises CheckpointError, ConfigError."""
+    """Fill the part of ``model`` called ``part`` from ``path``; gives the plan. Raises CheckpointError, ConfigError.
+
+    A query transformer may be given in halves: see ``halves``.
+    """
     path = Path(path)
+    part, half = halves.split(part)
     config = part_config_of(model.config, part)
+    if half and not isinstance(config, QFormer.Config):
+        raise ConfigError(f"{part} is of type {config.type!r}, which has no {half}; only a 'qformer' has halves")
     weights = open_weights(path, allow_pickle)
     table = (path if path.is_dir() else path.parent) / "config.json"
     bare = path.is_file() and part.startswith("connectors.")  # such a file stands beside any configuration
     values = read_json(table) if table.is_file() and not bare else None
-    whole, rules = _rules(part, config, values, table.parent)
-    return load_weights(model, weights, rules, part=part + ".", others=whole)
+    if not isinstance(config, QFormer.Config):
+        whole, rules, _ = _rules(part, config, values, table.parent)
+        return load_weights(model, weights, rules, part=part + ".", others=whole)
+    held = halves.held_by_lavis(weights)
+    if held is not None:
+        whole, rules = True, maps_blip.lavis_qformer(part, config.text is not None)
+        rules += [rename(kind + "_proj.{leaf}", part + ".proj.{leaf}") for kind in ("opt", "t5", "llm")]
+    else:
+        whole, rules, theirs = _rules(part, config, values, table.parent)
+        held = halves.held_by(theirs if isinstance(theirs, QFormer.Config) else config)
+    names = halves.wanted(model.state_dict(), part, half, held, str(path))
+    return load_weights(model, weights, rules, part=names, others=whole or bool(half))
 
 
 def part_config_of(config: Any, part: str) -> PartConfig:
@@ -61,25 +79,29 @@ def read_part(folder: str | Path, part: str = "lm", **options: Any) -> PartConfi
     return (read_lm(values) if part == "lm" else read_tower(values, **options)).config
 
 
-def _rules(part: str, config: PartConfig, values: Any, folder: Path) -> tuple[bool, list[AnyRule]]:
-    """Whether the files are of a whole model (of which one part is taken), and the rules."""
+def _rules(part: str, config: PartConfig, values: Any, folder: Path) -> tuple[bool, list[AnyRule], PartConfig | None]:
+    """Whether the files are of a whole model (of which one part is taken), the rules, and the part's configuration
+    there, where it is told.
+    """
     if not isinstance(values, Mapping):
-        return False, _bare(part, config)
+        return False, _bare(part, config), None
     if str(values.get("format", "")).startswith("chiasm/"):
         other = VLMConfig.parse(values, where=str(folder / "config.json"))
-        _agree(config, part_config_of(other.model, part), part, folder)
-        return True, [rename("{rest}", "{rest}")]
+        theirs = part_config_of(other.model, part)
+        _agree(config, theirs, part, folder)
+        return True, [rename("{rest}", "{rest}")], theirs
     for name in registry.names("checkpoint"):
         reader = registry.get("checkpoint", name)()
         if reader.recognises(values):
             found = reader.read(folder, values, Options(template="plain"))
-            _agree(config, part_config_of(found.config.model, part), part, folder)
-            return True, found.rules
+            theirs = part_config_of(found.config.model, part)
+            _agree(config, theirs, part, folder)
+            return True, found.rules, theirs
     if part == "lm":
-        return False, prefixed(_language_model(config, read_lm(values), folder), "", "lm.")
+        return False, prefixed(_language_model(config, read_lm(values), folder), "", "lm."), None
     if part.startswith("encoders."):
-        return False, prefixed(_tower(config, values, part, folder), "", part + ".")
-    return False, _bare(part, config)
+        return False, prefixed(_tower(config, values, part, folder), "", part + "."), None
+    return False, _bare(part, config), None
 
 
 def _bare(part: str, config: PartConfig) -> list[AnyRule]:
@@ -143,6 +165,8 @@ def _drops(blocks: range, stems: tuple[str, ...], why: str) -> list[AnyRule]:
 
 def _agree(ours: PartConfig, theirs: PartConfig, part: str, folder: Path) -> None:
     """Raises CheckpointError that lists the keys in which the two configurations differ."""
+    if isinstance(ours, QFormer.Config) and isinstance(theirs, QFormer.Config):
+        ours, theirs = halves.same_sizes(ours, theirs)
     differences = same_part(ours, theirs)
     if differences:
         listed = ", ".join(f"{key} is {a!r} here, {b!r} there" for key, (a, b) in list(differences.items())[:6])

@@ -13,7 +13,12 @@ from chiasm.cli.options import MODEL, loading, open_model
 @MODEL
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "layout", default="hf", show_default=True, type=click.Choice(["hf"]), help="hf: transformers."
+    "--format",
+    "layout",
+    default="hf",
+    show_default=True,
+    type=click.Choice(["hf", "lavis"]),
+    help="hf: transformers; lavis: BLIP-2 in LAVIS.",
 )
 @loading
 def command(

@@ -25,12 +25,13 @@ def load_weights(
     rules: Sequence[AnyRule],
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    part: str = "",
+    part: str | tuple[str, ...] = "",
     others: bool = False,
 ) -> Plan:
     """Fill all parameters and buffers of ``module`` from ``weights``; gives the plan, with what was dropped and why.
 
-    With ``part``, only those whose names begin with it; with ``others``, the weights may hold tensors of other parts.
+    With ``part``, only those whose names begin with it, or with one of several; with ``others``, the weights may hold
+    tensors of other parts.
 
     A module on the meta device takes the tensors as they are read (in ``dtype``, on ``device``), one on another device
     has them copied into its own. Raises CheckpointError.

@@ -214,6 +214,8 @@ def _open_pickles(origin: str, files: list[Path], allow_pickle: bool) -> Weights
             values = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle raises almost anything
             raise CheckpointError(f"{file} cannot be read as plain tensors: {_first_line(error)}") from None
+        if isinstance(values, dict) and isinstance(values.get("model"), dict):
+            values = values["model"]  # as LAVIS and its heirs save it, beside the state of their training
         if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
             raise CheckpointError(f"{file} holds something else than a table of named tensors")
         twice = sorted(tensors.keys() & values.keys())

@@ -57,7 +57,7 @@ def random_parts(spec: ModelSpec, model: nn.Module) -> set[str]:
     """The parts that ``open_model`` drew at random: those that neither a folder nor a row of ``weights`` gave."""
     if spec.folder is not None:
         return set()
-    given = built_config(spec).weights
+    given = {name.removesuffix(".query_half") for name in built_config(spec).weights}  # the other half is text's
     parts = {part_of(name) for name, _ in model.named_parameters()}
     return {p for p in parts if not any(p == g or p.startswith(g + ".") for g in given)}
 
