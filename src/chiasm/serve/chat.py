@@ -35,10 +35,8 @@ async def completions(request: Request) -> Response:
     with ExitStack() as stack:
         stack.enter_context(state.admitted())
         job = await _submitted(request, state)
-        rest = state.metrics, stack.pop_all().close, state.options.limits.send_seconds
-        response: Response = Stream(job.events, *rest) if job.wanted.stream else Whole(job.whole, *rest)
-    response.headers.update(job.tooling.headers)
-    return response
+        rest = state.metrics, stack.pop_all().close, state.options.limits.send_seconds, job.tooling.headers
+        return Stream(job.events, *rest) if job.wanted.stream else Whole(job.whole, *rest)
 
 
 async def _submitted(request: Request, state: State) -> Job:

@@ -140,7 +140,8 @@ def _picture(part: dict[str, Any], kind: str, place: str) -> tuple[str, str]:
     if isinstance(value, dict):
         detail, value = value.get("detail", detail), value.get("url")
     if not isinstance(value, str):
-        raise ApiError(400, f'{place} must name its picture: {{"image_url": {{"url": "data:..."}}}}', place)
+        text = f'{place} must name its picture: {{"image_url": {{"url": "data:..."}}}}'
+        raise ApiError(400, text, place, "invalid_image")
     if detail is not None and (not isinstance(detail, str) or len(detail) > 16):
         raise ApiError(400, f"{place}: detail must be auto, low or high", place)
     return value, detail or "auto"

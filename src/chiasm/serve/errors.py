@@ -69,7 +69,7 @@ def refused(error: ChiasmError) -> ApiError:
     """What the package refuses to do with a request, said without the places of this machine."""
     fault = getattr(error, "fault", "")
     code = {"too_long": "context_length_exceeded"}.get(fault, fault or None)
-    return ApiError(400, clean(str(error)), code=code)
+    return ApiError(400, clean(re.sub(r"^sample '[^']*'(?:, |: )", "", str(error))), code=code)
 
 
 PRIVATE = re.compile(

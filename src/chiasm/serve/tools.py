@@ -38,7 +38,7 @@ class Tooling:
         if wanted.tool_choice not in (None, "auto"):
             text = "tool_choice asks for a call, but this model's template has no tools; use response_format instead"
             raise ApiError(400, text, "tool_choice", "unsupported_parameter")
-        return cls(headers={"X-Chiasm-Warning": "tools ignored: this model's template has none"})
+        return cls(headers={"x-chiasm-warning": "tools ignored: this model's template has none"})
 
     def parser(self) -> Calls:
         """Reads one answer."""
