@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.errors import CheckpointError
+from chiasm.lm.tokenizer_vocab import vocabulary_files
 
 NAMES: tuple[str, ...] = (
     "tokenizer.json",
@@ -72,6 +73,9 @@ class TokenizerFiles:
             for name in NAMES
             if (p := second / name.removeprefix(SECOND)).is_file() and name.startswith(SECOND)
         }
+        if not content.keys() & {"tokenizer.json", "tokenizer.model"} and folder.is_dir():
+            config = json.loads(content.get("tokenizer_config.json", b"{}"))
+            content |= vocabulary_files(folder, config)
         if not content.keys() & {"tokenizer.json", "tokenizer.model"}:
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise CheckpointError(
