@@ -25,6 +25,7 @@ from chiasm.fusion.base import Fusion
 from chiasm.infer import embed, zero_shot
 from chiasm.infer.engine import generate, is_conversation
 from chiasm.infer.look import Look, look
+from chiasm.infer.rank import By, Ranked, rank
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.presets.checkpoint import Options, Reader
@@ -68,6 +69,13 @@ class VLM:
         ``num_beams``, ``repetition_penalty``, ``stop``, ``seed``, ``return_details``: see ``chiasm.infer.engine``.
         """
         return generate(self.model, self.processor, messages, **options)
+
+    def rank(self, messages: Sequence[Any], candidates: Sequence[str], by: By = "sum", **options: Any) -> list[Ranked]:
+        """The candidates as answers to a conversation, the most likely first: see ``chiasm.infer.rank``.
+
+        ``by``: "sum" is the log-probability of the whole answer and its end, "mean" that of its tokens.
+        """
+        return rank(self.model, self.processor, messages, candidates, by, **options)
 
     def chat(self, system: str | None = None, **options: Any) -> Chat:
         """A conversation that remembers what was said. ``options`` are those of ``generate``."""

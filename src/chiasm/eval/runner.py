@@ -12,7 +12,7 @@ from chiasm.data.base import Example, with_answer
 from chiasm.data.mixture import HeldOut, Mixture
 from chiasm.data.quarantine import Quarantine
 from chiasm.data.shuffle import shuffled as shuffle
-from chiasm.errors import DataError
+from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.types import Message
 
 
@@ -104,19 +104,26 @@ def evaluate(
     seed: int = 0,
     advance: Advance | None = None,
     ranks: Ranks | None = None,
+    candidates: Mapping[str, Sequence[str]] | None = None,
+    rank_by: str = "sum",
 ) -> Result:
     """Greedy answers to the last question of each example, scored by ``metrics`` (one name, or one for each source).
 
-    ``shuffle_images`` gives every example the media of another one of its task: a model that reads its pictures falls
-    to what the question alone tells. ``ranks`` share the batches, each run once, and all get the whole result. Raises
-    DataError for an example without question or answer, before any is run.
+    ``candidates`` by task: there the answer is the most likely of them, by ``rank_by`` ("sum" or "mean" of its
+    log-probabilities), not what the model would write. ``shuffle_images`` gives every example the media of another one
+    of its task: a model that reads its pictures falls to what the question alone tells. ``ranks`` share the batches,
+    each run once, and all get the whole result. Raises DataError for an example without question or answer, before any
+    is run, and ConfigError for candidates of no task.
     """
     score = {source: registry.get("metric", _metric(metrics, source)) for source in {e.source for e in examples}}
     pairs = [(example, *question(example)) for example in examples]  # all are looked at before the first is run
     if shuffle_images:
         examples = shuffle(examples, seed)
         pairs = [(example, *question(example)) for example in examples]
-    settings = {"max_new_tokens": max_new_tokens, "decoding": "greedy", "batch_size": batch_size}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "decoding": "greedy", "batch_size": batch_size}
+    if candidates:
+        _check_tasks(candidates, examples)
+        settings |= {"candidates": {task: list(c) for task, c in candidates.items()}, "rank_by": rank_by}
     receipt = {"shuffled_images": shuffle_images, "seed": seed, "examples": len(pairs), **settings}
     result = Result([], receipt | {"metrics": metrics if isinstance(metrics, str) else dict(metrics)})
     # Prompts of like length share a batch; the answers come back in the order of the examples.
@@ -125,8 +132,11 @@ def evaluate(
     starts = range(0, len(order), batch_size)
     for start in starts[ranks.rank :: ranks.count] if ranks else starts:  # the same batches, dealt to the ranks
         rows = order[start : start + batch_size]
-        texts = vlm.generate([list(pairs[i][1]) for i in rows], max_new_tokens=max_new_tokens)
-        for i, text in zip(rows, texts, strict=True):
+        closed = [i for i in rows if candidates and pairs[i][0].task in candidates]
+        told = {i: vlm.rank(list(pairs[i][1]), candidates[pairs[i][0].task], rank_by)[0].text for i in closed}  # type: ignore[index]
+        written = [i for i in rows if i not in told]
+        texts = vlm.generate([list(pairs[i][1]) for i in written], max_new_tokens=max_new_tokens)
+        for i, text in sorted({**told, **dict(zip(written, texts, strict=True))}.items()):
             example, prompt, answers = pairs[i]
             value = score[example.source](text, answers)
             found[i] = Answer(example.id, example.source, example.task, prompt[-1].text, text.strip(), answers, value)
@@ -151,6 +161,13 @@ def question(example: Example) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     if len(messages) < 2 or messages[-2].role != "user":
         raise DataError(f"sample {example.id!r}: has no question before its answer; the user's turn must be there")
     return messages[:-1], example.answers or (messages[-1].text,)
+
+
+def _check_tasks(candidates: Mapping[str, Sequence[str]], examples: Sequence[Example]) -> None:
+    tasks = sorted({e.task for e in examples})
+    for task in candidates:
+        if task not in tasks:
+            raise ConfigError(f"candidates are given for task {task!r}, which no example has; {nearest(task, tasks)}")
 
 
 def _metric(metrics: str | Mapping[str, str], source: str) -> str:

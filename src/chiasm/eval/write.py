@@ -46,6 +46,8 @@ def evaluate_recipe(
             seed=recipe.seed,
             advance=lambda done, step: progress.advance(task, step),
             ranks=ranks,
+            candidates=spec.candidates,
+            rank_by=spec.rank_by,
         )
     if ranks and ranks.rank:
         return comparison  # rank 0 writes

@@ -97,6 +97,8 @@ class EvalSpec(Config):
     batch_size: int = Field(default=16, gt=0)
     max_new_tokens: int = Field(default=32, gt=0)
     shuffled: bool = True  # also with the pictures of other examples: does the model look?
+    candidates: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # task → answers to rank, instead of writing
+    rank_by: Literal["sum", "mean"] = "sum"  # of a candidate's log-probabilities
     loss_samples: int = Field(default=64, gt=0)  # examples of the held-out loss during training
     examples: int = Field(default=24, ge=0)  # shown in the report
 
