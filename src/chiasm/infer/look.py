@@ -103,8 +103,8 @@ def look(
         raise DataError("this conversation holds no picture to look at; add one, or ask about another turn")
     room = getattr(getattr(model, "lm", None), "max_positions", None)
     if room is not None and len(read.sample) > room:
-        told = f"the conversation takes {len(read.sample)} positions, the language model has {room}: shorten it"
-        raise DataError(told, "too_long")
+        told = f"with its answer the conversation takes {len(read.sample)} positions, the language model has {room}"
+        raise DataError(f"{told}: shorten it", "too_long")
     batch = processor.collate([read.sample]).to(model.device, model.dtype)
     with evaluating(model) if model.training else torch.no_grad():
         units = None if method == "gradient" else attended(model, batch, read, chosen, last)
@@ -146,14 +146,17 @@ def read_answer(processor: Any, messages: Sequence[Any], answer: str) -> Read:
 
 def _words(processor: Any, ids: list[int], first: int, answer: str) -> list[Word]:
     """The words of the text of ``ids``; ``start`` and ``end`` count characters of ``answer`` where it is that text."""
-    stream, spans, text = TextStream(processor.decode), [], ""
-    waiting: list[int] = []
+    stream, pieces = TextStream(processor.decode), []
+    wrote: list[int] = []  # for each character, the group of tokens that wrote it: one character may take several
+    groups: list[list[int]] = [[]]
     for place, token in enumerate(ids):
-        waiting.append(first + place)
+        groups[-1].append(first + place)
         piece = stream.push(token)
-        if piece:  # a character may take several tokens: all of them wrote it
-            spans.append((len(text), len(text) + len(piece), tuple(waiting)))
-            text, waiting = text + piece, []
+        if piece:
+            pieces.append(piece)
+            wrote += [len(groups) - 1] * len(piece)
+            groups.append([])
+    text = "".join(pieces)
     place = text.find(answer.strip())
     shift = 0 if place < 0 else place - answer.index(answer.strip())
     end = len(text) if place < 0 else place + len(answer.strip())
@@ -161,8 +164,8 @@ def _words(processor: Any, ids: list[int], first: int, answer: str) -> list[Word
     for match in re.finditer(r"\S+", text[:end]):
         if match.start() < max(place, 0):
             continue
-        touched = [p for low, high, p in spans if low < match.end() and high > match.start()]
-        positions = tuple(position for group in touched for position in group)
+        touched = range(wrote[match.start()], wrote[match.end() - 1] + 1)
+        positions = tuple(position for group in touched for position in groups[group])
         found.append(Word(match.group(), match.start() - shift, match.end() - shift, positions))
     if not found:
         raise DataError(f"no token writes a word of the answer {answer[:40]!r}")

@@ -3,6 +3,8 @@
 
 const SAFE_ADDRESS = /^(https?:\/\/|mailto:)[^\s]+$/i;
 const DEEPEST = 12; // levels of quotes, lists and emphasis; beyond them text stays text
+const LONGEST_SPAN = 1200; // characters of a link or an emphasis: what is longer is text, and takes no time
+const SPECIAL = /[\\\n[!h`*_~]/;
 
 /** The blocks of a text: {type, ...} objects that hold only strings, numbers and each other. */
 export function parse(text, depth = 0) {
@@ -118,8 +120,13 @@ export function inline(text, depth = 0) {
   };
   let at = 0;
   while (at < text.length) {
-    const rest = text.slice(at, at + 4000);
-    const here = rest[0];
+    const here = text[at];
+    if (!SPECIAL.test(here)) {
+      plain += here;
+      at += 1;
+      continue;
+    }
+    const rest = text.slice(at, at + LONGEST_SPAN);
     if (here === "\\" && /[\\`*_{}[\]()#+\-.!|>~]/.test(rest[1] || "")) {
       plain += rest[1];
       at += 2;
