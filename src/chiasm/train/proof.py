@@ -276,10 +276,16 @@ def never_run(model: nn.Module) -> list[str]:
     return found
 
 
+def moving(model: nn.Module) -> list[str]:
+    """Buffers that training changes though nothing learns them (momentum copies, queues, running statistics)."""
+    tell = getattr(model, "moving", None)
+    return list(tell()) if callable(tell) else []
+
+
 def frozen_tensors(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor that must stand still: parameters outside the plan, and saved buffers of parts frozen whole."""
     frozen: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters() if n not in trained}
-    saved = set(model.state_dict(keep_vars=True))
+    saved = set(model.state_dict(keep_vars=True)) - set(moving(model))
     for prefix, module in model.named_modules():
         below = f"{prefix}." if prefix else ""
         if any(name.startswith(below) for name in trained):
