@@ -26,6 +26,7 @@ STEPS: dict[str, int] = {
     **dict.fromkeys(("infer", "checkpoints"), 6),
     "vlm": 7,
     "data": 8,
+    "retrieve": 8,
     "report": 9,  # shows examples of data
     "eval": 10,
     "train": 11,  # a run ends with its held-out evaluation, so train may use eval, never the other way

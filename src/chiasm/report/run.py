@@ -135,11 +135,12 @@ def picture_urls(example: Example) -> list[str]:
         frames = medium.data if medium.kind == "video" and isinstance(medium.data, (list, tuple)) else [medium.data]
         for frame in frames if medium.kind in ("image", "video") and len(found) < MOST_PICTURES else ():
             if len(found) < MOST_PICTURES and not (medium.kind == "video" and isinstance(frame, str)):
-                found.append(_url(open_picture(frame, Place(example.id, index, len(media_of(example))))))
+                found.append(picture_url(open_picture(frame, Place(example.id, index, len(media_of(example))))))
     return found
 
 
-def _url(picture: Image.Image) -> str:
+def picture_url(picture: Image.Image) -> str:
+    """A picture, small, as a data URL."""
     picture = picture.convert("RGB")
     small = max(picture.size) <= SIDE
     if not small:
