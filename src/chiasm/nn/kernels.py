@@ -1,0 +1,138 @@
+"""The compiled kernels of decoding on CPUs: built once with the system's C++ compiler, and done without where none is.
+
+The source stands in ``chiasm/nn/native``. It is compiled for this very processor into the user's cache folder
+(``CHIASM_CACHE``, ``XDG_CACHE_HOME`` or ``~/.cache``), under a name that depends on the source, the compiler's options
+and the processor. ``CHIASM_NATIVE=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "native"
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+INT8, INT4 = 2, 3
+
+
+class Matrix(ctypes.Structure):
+    """A weight matrix, as ``matrix.h`` has it."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("weights", "scales", "bias")],
+        *[(name, ctypes.c_int64) for name in ("n", "k", "stride")],
+        *[(name, ctypes.c_int32) for name in ("kind", "padding")],
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are turned off or no compiler makes them."""
+    if os.environ.get("CHIASM_NATIVE", "1") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    try:
+        path = None if compiler is None else _built(compiler)
+        found = None if path is None else ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if found is not None:
+        found.chiasm_work.restype = ctypes.c_void_p
+        found.chiasm_free.argtypes = [ctypes.c_void_p]
+    return found
+
+
+class Work:
+    """The memory that calls of one thread work in."""
+
+    def __init__(self) -> None:
+        self.library = library()
+        assert self.library is not None
+        self.place = ctypes.c_void_p(self.library.chiasm_work())
+
+    def __del__(self) -> None:
+        if self.library is not None and self.place:
+            self.library.chiasm_free(self.place)
+            self.place = ctypes.c_void_p()
+
+
+def dense(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> Matrix | None:
+    """A matrix ``[n, k]`` of float32 or bfloat16; None where the kernels do not read it. ``keep`` gets what is copied."""
+    if weight.dtype not in KINDS or weight.device.type != "cpu" or weight.stride(1) != 1:
+        return None
+    keep.append(weight)
+    rows = weight.stride(0) * weight.element_size()
+    return Matrix(weight.data_ptr(), None, floats(bias, keep), *weight.shape, rows, KINDS[weight.dtype], 0)
+
+
+def floats(values: Tensor | None, keep: list[Tensor]) -> int | None:
+    """The address of ``values`` in float32, or None."""
+    if values is None:
+        return None
+    keep.append(values.detach().float().contiguous())
+    return keep[-1].data_ptr()
+
+
+def linear(matrix: Matrix, work: Work, x: Tensor) -> Tensor:
+    """``x [..., k]`` float32 or bfloat16 → ``[..., n]`` in its type."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # [m, k]
+    out = rows.new_empty(len(rows), matrix.n)
+    assert work.library is not None
+    work.library.chiasm_linear(
+        ctypes.byref(matrix),
+        work.place,
+        ctypes.c_int64(len(rows)),
+        ctypes.c_void_p(rows.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int32(KINDS[x.dtype]),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+    return out.view(*x.shape[:-1], matrix.n)
+
+
+def _built(compiler: str) -> Path:
+    files = sorted(SOURCE.iterdir())
+    told = (compiler, *FLAGS, _processor(), *(file.read_text() for file in files if file.is_file()))
+    name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
+    folder = _folder()
+    path = folder / f"step-{name}.so"
+    if not path.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            command = [compiler, *FLAGS, "-shared", str(SOURCE / "step.cpp"), "-o", aside]
+            subprocess.run(command, check=True, capture_output=True, timeout=300)
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def _folder() -> Path:
+    own = os.environ.get("CHIASM_CACHE")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chiasm"
+    return base / "native"
+
+
+def _processor() -> str:
+    """What the processor can do: a shared home may serve several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+__all__ = ["INT4", "INT8", "KINDS", "Matrix", "Work", "dense", "floats", "library", "linear"]

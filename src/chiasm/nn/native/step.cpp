@@ -1,0 +1,349 @@
+// One decoding step of a Llama-family decoder: token ids in, logits out, in one call.
+//
+// It computes what `chiasm.lm.decoder` computes for positions whose earlier keys and values are cached; the sum of the
+// residual stream, norms, softmax and scores are float32 whatever the weights are. Rows may belong to different slots,
+// or be consecutive positions of one (a guessed continuation, or the end of a prompt). All threads walk through the
+// layers together; each computes its share of every matrix's outputs, so a layer has five meetings.
+#include <omp.h>
+
+#include <algorithm>
+
+#include "matrix.h"
+
+struct Layer {
+  Matrix q, k, v, o, gate, up, down;
+  const float *attn_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: null without
+  void *keys, *values;                                  // [slots, kv_heads, capacity, width] in `cache_kind`
+};
+
+struct Decoder {
+  const Layer* layers;
+  const void* embedding;      // [vocab, dim] in `embedding_kind`
+  const float* norm;          // [dim]
+  const float* frequencies;   // [rotary / 2]
+  Matrix head;
+  int64_t depth, dim, heads, kv_heads, width, rotary, mlp, capacity, window;  // window: 0 without
+  float eps, amplitude;
+  int32_t embedding_kind, cache_kind, activation, padding;  // activation: silu, gelu, gelu_tanh, relu
+};
+
+static inline float activated(float x, int32_t kind) {
+  switch (kind) {
+    case 0: return x / (1.0f + std::exp(-x));
+    case 1: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
+    case 2: return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    default: return x > 0 ? x : 0;
+  }
+}
+
+static inline void normed(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  float square = 0;
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < n; i++) square += x[i] * x[i];
+  const float inverse = 1.0f / std::sqrt(square / n + eps);
+  for (int64_t i = 0; i < n; i++) out[i] = weight[i] * (x[i] * inverse);
+}
+
+static inline void turned(float* x, const float* turn, int64_t rotary) {  // turn: cosines, then sines
+  const int64_t half = rotary / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[half + i], c = turn[i], s = turn[half + i];
+    x[i] = a * c - b * s;
+    x[half + i] = b * c + a * s;
+  }
+}
+
+template <class T>
+static inline float read(T x);
+template <>
+inline float read<float>(float x) { return x; }
+template <>
+inline float read<uint16_t>(uint16_t x) { return widened(x); }
+
+#ifdef WIDE
+static inline __m512 load16(const float* x, __mmask16 some) { return _mm512_maskz_loadu_ps(some, x); }
+static inline __m512 load16(const uint16_t* x, __mmask16 some) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
+}
+
+static inline __m512 exp16(__m512 x) {  // relative error below 2e-7 (Cephes' polynomial)
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+template <class T>
+static void attend(const float* q, const T* keys, const T* values, int64_t length, int64_t width, float* shares,
+                   float* out) {
+  const float scale = 1.0f / std::sqrt(float(width));
+  float most = -INFINITY;
+  for (int64_t t = 0; t < length; t++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t c = 0; c < width; c += 16) {
+      const __mmask16 some = width - c >= 16 ? 0xffff : (1u << (width - c)) - 1;
+      sum = _mm512_fmadd_ps(load16(q + c, some), load16(keys + t * width + c, some), sum);
+    }
+    shares[t] = _mm512_reduce_add_ps(sum) * scale;
+    most = std::max(most, shares[t]);
+  }
+  __m512 totals = _mm512_setzero_ps();
+  for (int64_t t = 0; t < length; t += 16) {
+    const __mmask16 some = length - t >= 16 ? 0xffff : (1u << (length - t)) - 1;
+    const __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, shares + t), _mm512_set1_ps(most)));
+    totals = _mm512_mask_add_ps(totals, some, totals, e);
+    _mm512_mask_storeu_ps(shares + t, some, e);
+  }
+  const float inverse = 1.0f / _mm512_reduce_add_ps(totals);
+  for (int64_t c = 0; c < width; c += 64) {  // up to four vectors of the width at a time
+    __m512 sums[4] = {};
+    const int parts = int(std::min<int64_t>(4, (width - c + 15) / 16));
+    __mmask16 some[4] = {};
+    for (int i = 0; i < parts; i++) {
+      const int64_t left = width - c - 16 * i;
+      some[i] = left >= 16 ? 0xffff : (1u << left) - 1;
+    }
+    for (int64_t t = 0; t < length; t++) {
+      const __m512 share = _mm512_set1_ps(shares[t]);
+      for (int i = 0; i < parts; i++)
+        sums[i] = _mm512_fmadd_ps(share, load16(values + t * width + c + 16 * i, some[i]), sums[i]);
+    }
+    for (int i = 0; i < parts; i++)
+      _mm512_mask_storeu_ps(out + c + 16 * i, some[i], _mm512_mul_ps(sums[i], _mm512_set1_ps(inverse)));
+  }
+}
+#else
+template <class T>
+static void attend(const float* q, const T* keys, const T* values, int64_t length, int64_t width, float* shares,
+                   float* out) {
+  const float scale = 1.0f / std::sqrt(float(width));
+  float most = -INFINITY, total = 0;
+  for (int64_t t = 0; t < length; t++) {
+    float sum = 0;
+    for (int64_t c = 0; c < width; c++) sum += q[c] * read(keys[t * width + c]);
+    shares[t] = sum * scale;
+    most = std::max(most, shares[t]);
+  }
+  for (int64_t t = 0; t < length; t++) total += shares[t] = std::exp(shares[t] - most);
+  for (int64_t c = 0; c < width; c++) out[c] = 0;
+  for (int64_t t = 0; t < length; t++)
+    for (int64_t c = 0; c < width; c++) out[c] += shares[t] / total * read(values[t * width + c]);
+}
+#endif
+
+// What one call works in. Buffers are kept between calls.
+struct Work {
+  std::vector<float> x, q, mixed, inner, turns;  // [m, dim], twice [m, heads * width], [m, mlp], [m, rotary]
+  Rows shared[4][4];                             // by the width they have (Place) and the kind they are multiplied with
+  struct Own {
+    Rows rows[4][4];
+    std::vector<float> scratch, shares;
+  };
+  std::vector<Own> own;  // of each thread
+};
+
+enum Place { INTO_HEADS, INTO_OUT, INTO_MLP, INTO_DOWN };
+
+struct Step {
+  const Decoder& d;
+  Work& work;
+  int64_t m;
+  const int32_t *slots, *positions;
+
+  static int64_t part(int64_t n, int64_t i, int64_t of) { return n * i / of; }
+
+  // The rows [m, k] at `x`, normed where `weight` is given, in the form that `w` is multiplied with. A few rows are
+  // prepared by every thread for itself, which costs less than a meeting.
+  Rows& prepared(Place place, const float* x, int64_t k, const float* weight, const Matrix& w, int thread, int threads) {
+    const bool alone = m <= 2;
+    Rows& rows = alone ? work.own[thread].rows[place][w.kind] : work.shared[place][w.kind];
+    float* scratch = work.own[thread].scratch.data();
+    for (int64_t row = alone ? 0 : thread; row < m; row += alone ? 1 : threads) {
+      const float* from = x + row * k;
+      if (weight) normed(from, weight, d.eps, k, scratch), from = scratch;
+      rows.set(row, from, w.kind);
+    }
+    if (!alone) {
+#pragma omp barrier
+    }
+    return rows;
+  }
+
+  void shape(Place place, int64_t k, const Matrix& w, int threads) {
+    work.shared[place][w.kind].shape(m, k, w.kind);
+    for (int i = 0; m <= 2 && i < threads; i++) work.own[i].rows[place][w.kind].shape(m, k, w.kind);
+  }
+
+  void heads_of(const Layer& layer, const Rows& rows, int thread, int threads) {
+    const int64_t all = d.heads + 2 * d.kv_heads, width = d.width;
+    float* into = work.own[thread].scratch.data();  // [m, width]
+    for (int64_t unit = part(all, thread, threads); unit < part(all, thread + 1, threads); unit++) {
+      const bool query = unit < d.heads, key = !query && unit < d.heads + d.kv_heads;
+      const int64_t head = query ? unit : key ? unit - d.heads : unit - d.heads - d.kv_heads;
+      const Matrix& w = query ? layer.q : key ? layer.k : layer.v;
+      const int64_t first = head * width;
+      multiply(w, rows, first, first + width, 0, m,
+               [&](int64_t row, int64_t n, float value) { into[row * width + n - first] = value; });
+      for (int64_t row = 0; row < m; row++) {
+        float* x = into + row * width;
+        const float* norm = query ? layer.q_norm : key ? layer.k_norm : nullptr;
+        if (norm) normed(x, norm, d.eps, width, x);
+        if (query || key) turned(x, work.turns.data() + row * d.rotary, d.rotary);
+        if (query)
+          std::memcpy(work.q.data() + (row * d.heads + head) * width, x, width * sizeof(float));
+        else
+          keep(key ? layer.keys : layer.values, row, head, x);
+      }
+    }
+  }
+
+  int64_t place(int64_t row, int64_t head, int64_t position) const {
+    return ((slots[row] * d.kv_heads + head) * d.capacity + position) * d.width;
+  }
+
+  void keep(void* cache, int64_t row, int64_t head, const float* x) const {
+    const int64_t at = place(row, head, positions[row]);
+    if (d.cache_kind == F32)
+      std::memcpy((float*)cache + at, x, d.width * sizeof(float));
+    else
+      for (int64_t i = 0; i < d.width; i++) ((uint16_t*)cache)[at + i] = narrowed(x[i]);
+  }
+
+  void attention(const Layer& layer, int thread, int threads) {
+    const int64_t group = d.heads / d.kv_heads, all = m * d.heads;
+    float* shares = work.own[thread].shares.data();
+    for (int64_t item = part(all, thread, threads); item < part(all, thread + 1, threads); item++) {
+      const int64_t row = item / d.heads, head = item % d.heads, end = positions[row] + 1;
+      const int64_t begin = d.window && end > d.window ? end - d.window : 0;
+      const int64_t at = place(row, head / group, begin);
+      const float* q = work.q.data() + item * d.width;
+      float* out = work.mixed.data() + item * d.width;
+      if (d.cache_kind == F32)
+        attend(q, (float*)layer.keys + at, (float*)layer.values + at, end - begin, d.width, shares, out);
+      else
+        attend(q, (uint16_t*)layer.keys + at, (uint16_t*)layer.values + at, end - begin, d.width, shares, out);
+    }
+  }
+
+  void add(const Matrix& w, const Rows& rows, int thread, int threads) {
+    float* x = work.x.data();
+    multiply(w, rows, part(w.n, thread, threads), part(w.n, thread + 1, threads), 0, m,
+             [&](int64_t row, int64_t n, float value) { x[row * d.dim + n] += value; });
+  }
+
+  void gated(const Layer& layer, const Rows& rows, int thread, int threads) {
+    const int64_t blocks = (d.mlp + 15) / 16, ends = d.mlp;
+    float* inner = work.inner.data();
+    for (int64_t b = part(blocks, thread, threads); b < part(blocks, thread + 1, threads); b++) {
+      const int64_t first = b * 16, last = std::min(first + 16, ends);
+      multiply(layer.gate, rows, first, last, 0, m,
+               [&](int64_t row, int64_t n, float value) { inner[row * d.mlp + n] = activated(value, d.activation); });
+      multiply(layer.up, rows, first, last, 0, m,
+               [&](int64_t row, int64_t n, float value) { inner[row * d.mlp + n] *= value; });
+    }
+  }
+
+  void run(const int32_t* wanted, int64_t count, float* logits, int threads) {
+    for (int64_t l = 0; l < d.depth; l++) {
+      shape(INTO_HEADS, d.dim, d.layers[l].q, threads);
+      shape(INTO_OUT, d.heads * d.width, d.layers[l].o, threads);
+      shape(INTO_MLP, d.dim, d.layers[l].gate, threads);
+      shape(INTO_DOWN, d.mlp, d.layers[l].down, threads);
+    }
+    Rows& ends = work.shared[INTO_HEADS][d.head.kind];
+#pragma omp parallel num_threads(threads)
+    {
+      const int t = omp_get_thread_num(), all = omp_get_num_threads();
+      for (int64_t l = 0; l < d.depth; l++) {
+        const Layer& layer = d.layers[l];
+        heads_of(layer, prepared(INTO_HEADS, work.x.data(), d.dim, layer.attn_norm, layer.q, t, all), t, all);
+#pragma omp barrier
+        attention(layer, t, all);
+#pragma omp barrier
+        add(layer.o, prepared(INTO_OUT, work.mixed.data(), d.heads * d.width, nullptr, layer.o, t, all), t, all);
+#pragma omp barrier
+        gated(layer, prepared(INTO_MLP, work.x.data(), d.dim, layer.mlp_norm, layer.gate, t, all), t, all);
+#pragma omp barrier
+        add(layer.down, prepared(INTO_DOWN, work.inner.data(), d.mlp, nullptr, layer.down, t, all), t, all);
+#pragma omp barrier
+      }
+#pragma omp single
+      {
+        ends.shape(count, d.dim, d.head.kind);
+        float* scratch = work.own[t].scratch.data();
+        for (int64_t i = 0; i < count; i++) {
+          normed(work.x.data() + wanted[i] * d.dim, d.norm, d.eps, d.dim, scratch);
+          ends.set(i, scratch, d.head.kind);
+        }
+      }
+      const int64_t n = d.head.n;
+      multiply(d.head, ends, part(n, t, all), part(n, t + 1, all), 0, count,
+               [&](int64_t row, int64_t at, float value) { logits[row * n + at] = value; });
+    }
+  }
+};
+
+extern "C" {
+
+void* chiasm_work() { return new Work(); }
+void chiasm_free(void* work) { delete (Work*)work; }
+
+// `ids [m]`; `slots`, `positions` `[m]`; logits `[count, vocab]` of the rows `wanted [count]`.
+void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, const int32_t* slots,
+                 const int32_t* positions, const int32_t* wanted, int64_t count, float* logits, int32_t threads) {
+  Work& work = *(Work*)memory;
+  Rows::grow(work.x, m * d->dim);
+  Rows::grow(work.q, m * d->heads * d->width);
+  Rows::grow(work.mixed, m * d->heads * d->width);
+  Rows::grow(work.inner, m * d->mlp);
+  Rows::grow(work.turns, m * d->rotary);
+  if (int64_t(work.own.size()) < threads) work.own.resize(threads);
+  for (auto& own : work.own) {
+    Rows::grow(own.scratch, std::max({d->dim, d->heads * d->width, d->mlp, m * d->width}));
+    Rows::grow(own.shares, d->capacity + 16);
+  }
+  for (int64_t row = 0; row < m; row++) {
+    float* x = work.x.data() + row * d->dim;
+    if (d->embedding_kind == F32)
+      std::memcpy(x, (const float*)d->embedding + ids[row] * d->dim, d->dim * sizeof(float));
+    else
+      for (int64_t i = 0; i < d->dim; i++) x[i] = widened(((const uint16_t*)d->embedding)[ids[row] * d->dim + i]);
+    for (int64_t i = 0; i < d->rotary / 2; i++) {
+      const float angle = float(positions[row]) * d->frequencies[i];
+      work.turns[row * d->rotary + i] = std::cos(angle) * d->amplitude;
+      work.turns[row * d->rotary + d->rotary / 2 + i] = std::sin(angle) * d->amplitude;
+    }
+  }
+  Step{*d, work, m, slots, positions}.run(wanted, count, logits, threads);
+}
+
+// `out [m, n] = x [m, k] · wᵀ + bias`, both of `kind` (F32 or BF16), for weights of any kind.
+void chiasm_linear(const Matrix* w, void* memory, int64_t m, const void* x, void* out, int32_t kind, int32_t threads) {
+  Rows& rows = ((Work*)memory)->shared[INTO_HEADS][w->kind];
+  rows.shape(m, w->k, w->kind);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> wide(w->k);
+#pragma omp for
+    for (int64_t row = 0; row < m; row++) {
+      if (kind == BF16)
+        for (int64_t i = 0; i < w->k; i++) wide[i] = widened(((const uint16_t*)x)[row * w->k + i]);
+      rows.set(row, kind == BF16 ? wide.data() : (const float*)x + row * w->k, w->kind);
+    }
+    const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+    for (int64_t m0 = 0; m0 < m; m0 += 128)  // so many activation rows stay in the second cache
+      multiply(*w, rows, Step::part(w->n, thread, all), Step::part(w->n, thread + 1, all), m0, std::min(m0 + 128, m),
+               [&](int64_t row, int64_t n, float value) {
+                 if (kind == BF16)
+                   ((uint16_t*)out)[row * w->n + n] = narrowed(value);
+                 else
+                   ((float*)out)[row * w->n + n] = value;
+               });
+  }
+}
+}

@@ -1,0 +1,151 @@
+"""Weights of 8 or 4 bits: a transform over a built model, for inference.
+
+int8: one scale for each output row. int4: one scale for each 64 weights of a row. Both are symmetric and rounded to
+the nearest; the scale of a group of 4 bits is the one of a few that leaves the least squared error. Activations are
+rounded to 8 bits while multiplying, with a scale for each 128 (int8) or 64 (int4) of them. Reference for the scheme:
+ggml's Q8_0 and Q4_0, which differ in group sizes.
+
+Where the compiled kernels are missing, the matrix is widened before each product: right, but slow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.errors import ConfigError, nearest
+from chiasm.nn.kernels import INT4, INT8, KINDS, Matrix, Work, floats, library, linear
+
+GROUP = 64
+BITS = {"int8": 8, "int4": 4}
+FEWEST = 64
+"""Inputs below which a matrix is left as it is: there would be nothing to gain."""
+
+
+class Quantized(nn.Module):
+    """A linear layer ``[n, k]`` with weights of ``bits`` bits, padded to whole groups with zeros."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int):
+        super().__init__()
+        self.bits, (self.out_features, self.in_features) = bits, weight.shape
+        packed, scales = (pack8 if bits == 8 else pack4)(weight.detach().float())
+        self.register_buffer("packed", packed)
+        self.scales: Tensor
+        self.packed: Tensor
+        self.kind = weight.dtype
+        # Not a buffer: casting a model must not round the scales.
+        self.scales = scales
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self._ready: tuple[Matrix, Work, list[Tensor]] | None = None
+
+    def matrix(self) -> Matrix:
+        """The layer as the kernels read it."""
+        return self._native()[0]
+
+    def tensors(self) -> list[Tensor]:
+        """What must stay alive while ``matrix`` is used."""
+        return self._native()[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., k]`` → ``[..., n]``."""
+        if x.dtype in KINDS and x.device.type == "cpu" and library() is not None:
+            matrix, work, _ = self._native()
+            return linear(matrix, work, x)
+        return F.linear(x, self.widened(x.dtype).to(x.device), None if self.bias is None else self.bias.to(x.dtype))
+
+    def widened(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights ``[n, k]`` as numbers again."""
+        wide = unpack8(self.packed, self.scales) if self.bits == 8 else unpack4(self.packed, self.scales)
+        return wide[:, : self.in_features].to(dtype)
+
+    def _native(self) -> tuple[Matrix, Work, list[Tensor]]:
+        if self._ready is None:
+            keep: list[Tensor] = [self.packed, self.scales]
+            kind, stride = (INT8 if self.bits == 8 else INT4), self.packed.stride(0)
+            size = (self.out_features, self.in_features, stride)
+            bias = floats(self.bias, keep)
+            matrix = Matrix(self.packed.data_ptr(), self.scales.data_ptr(), bias, *size, kind, 0)
+            self._ready = matrix, Work(), keep
+        return self._ready
+
+    def extra_repr(self) -> str:
+        """Shown in the printed model."""
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+
+def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n, k]`` → int8 ``[n, K]`` with ``K`` the next multiple of 64, scales ``[n]``."""
+    scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+    rounded = (weight / scales.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+    return F.pad(rounded, (0, -weight.shape[1] % GROUP)).contiguous(), scales
+
+
+def unpack8(packed: Tensor, scales: Tensor) -> Tensor:
+    """The inverse of ``pack8``, rounded: ``[n, K]``."""
+    return packed.float() * scales.to(packed.device).unsqueeze(1)
+
+
+def pack4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n, k]`` → bytes ``[n, K / 2]``, scales ``[n, K / 64]``: in 32 bytes the low halves are a group's first 32."""
+    groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))  # [n, G, 64]
+    peak = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [n, G, 1]: its sign gets the value -8
+    best, error = torch.ones_like(peak), torch.full_like(peak, torch.inf)
+    for steps in (-8.0, -7.5, -7.0, -6.5, 7.0):
+        scale = torch.where(peak == 0, 1.0, peak / steps)
+        off = (((groups / scale).round().clamp(-8, 7) * scale - groups) ** 2).sum(2, keepdim=True)
+        best, error = torch.where(off < error, scale, best), torch.minimum(off, error)
+    values = (groups / best).round().clamp(-8, 7).to(torch.int8) + 8  # [n, G, 64]
+    low, high = values.chunk(2, dim=2)
+    return (low | (high << 4)).to(torch.uint8).flatten(1).contiguous(), best.squeeze(2).contiguous()
+
+
+def unpack4(packed: Tensor, scales: Tensor) -> Tensor:
+    """The inverse of ``pack4``, rounded: ``[n, K]``."""
+    groups = packed.unflatten(1, (-1, GROUP // 2))  # [n, G, 32]
+    values = torch.cat((groups & 15, groups >> 4), dim=2).to(torch.int8) - 8  # [n, G, 64]
+    return (values.float() * scales.to(packed.device).unsqueeze(2)).flatten(1)
+
+
+def quantize(model: nn.Module, how: str, names: str = r"(^|\.)lm\.layers\.", keep: Sequence[str] = ()) -> list[str]:
+    """Replace the linear layers of ``model`` whose names match; gives those names. The model is changed in place.
+
+    ``how`` is "int8" or "int4". ``names`` is a regular expression, by default the layers of the language model;
+    ``keep`` are expressions of layers that stay as they are. The head is a matrix of 8 bits in both. Raises ConfigError.
+    """
+    if how not in BITS:
+        raise ConfigError(f"unknown quantization {how!r}; {nearest(how, BITS)}")
+    found = []
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module.in_features < FEWEST or not re.search(names, name):
+            continue
+        if any(re.search(pattern, name) for pattern in keep):
+            continue
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, Quantized(module.weight, module.bias, BITS[how]))
+        found.append(name)
+    if not found:
+        raise ConfigError(f"no linear layer of {FEWEST} or more inputs matches {names!r}: nothing was quantized")
+    return found
+
+
+def quantize_lm(model: Any, how: str, names: str | None = None, keep: Sequence[str] = ()) -> list[str]:
+    """``quantize`` for a vision-language model: its language model's layers, and its head in 8 bits.
+
+    A tied head becomes a matrix of its own; the embedding that ids are looked up in stays.
+    """
+    found = quantize(model, how, *(() if names is None else (names,)), keep=keep)
+    lm = getattr(model, "lm", None)
+    if names is None and hasattr(lm, "lm_head") and not any(re.search(p, "lm.lm_head") for p in keep):
+        weight = lm.embedding.weight if lm.lm_head is None else lm.lm_head.weight
+        if type(lm.lm_head) in (nn.Linear, type(None)) and weight.shape[1] >= FEWEST:
+            lm.lm_head = Quantized(weight, None, 8)
+            found.append("lm.lm_head")
+    return found
+
+
+__all__ = ["Quantized", "quantize", "quantize_lm"]
