@@ -19,6 +19,7 @@ VERBS = {
     "generate": "Answer one prompt, or every line of a JSONL file.",
     "index": "Index a folder of pictures, to be searched by words and by pictures.",
     "search": "Find pictures by words, pictures by pictures, or texts by pictures.",
+    "recall": "Score retrieval on the protocol files of COCO and Flickr30k.",
     "selftest": "Try a promise of the package on your own recipe: that a killed run resumes to the same bits.",
     "inspect": "Show a sample as the model sees it and walk it through the model.",
     "list": "Presets and parts by name.",

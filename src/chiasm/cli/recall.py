@@ -1,0 +1,63 @@
+"""``chiasm recall``: R@1, R@5 and R@10 on the protocol files of COCO and Flickr30k."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from chiasm.cli.options import MODEL, loading, open_model
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command("recall")
+@MODEL
+@click.argument("protocol", type=FILE)
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="The folder that its paths begin in.")
+@click.option("--split", default="test", show_default=True)
+@click.option("--captions", default=5, show_default=True, type=click.IntRange(0), help="Of each picture; 0: all.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0))
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Also write the numbers as JSON.")
+@loading
+def command(
+    model: str,
+    protocol: Path,
+    images: Path,
+    split: str,
+    captions: int,
+    batch_size: int,
+    workers: int,
+    out: Path | None,
+    device: str | None,
+    dtype: str | None,
+    ignore_fingerprint: bool,
+) -> None:
+    """Score MODEL, of two towers, on the file PROTOCOL: Karpathy's dataset_coco.json, or a list as ALBEF has it."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from chiasm.eval.retrieval import evaluate, read_protocol
+
+    pairs = read_protocol(protocol, images, split, captions or None)
+    vlm = open_model(model, device, dtype, ignore_fingerprint)
+    console = Console()
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pictures", total=len(pairs.images))
+        found = evaluate(
+            vlm, pairs, batch=batch_size, workers=workers, advance=lambda done, _: bar.update(task, completed=done)
+        )
+    title = f"{pairs.name}: {len(pairs.images):,} pictures, {len(pairs.texts):,} texts"
+    table = Table(title=title, title_justify="left", header_style="bold", box=None)
+    for column in ("", "two towers", "re-ranked"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, own, again in found.rows():
+        table.add_row(name, f"{100 * own:.1f}", "" if again is None else f"{100 * again:.1f}")
+    console.print(table)
+    if out is not None:
+        rows = [{"measure": n, "towers": a, "reranked": b} for n, a, b in found.rows()]
+        told = {"model": model, "protocol": pairs.name, "pictures": len(pairs.images), "texts": len(pairs.texts)}
+        out.write_text(json.dumps(told | {"rows": rows}, indent=1), encoding="utf-8")
