@@ -1,5 +1,25 @@
 """The ways of joining media to language, one file each."""
 
-from chiasm.fusion import albef, cross_attention, dual_tower, merge, multiway, query_text, single_stream, splice
+from chiasm.fusion import (
+    albef,
+    cross_attention,
+    dual_tower,
+    merge,
+    modality_experts,
+    multiway,
+    query_text,
+    single_stream,
+    splice,
+)
 
-__all__ = ["albef", "cross_attention", "dual_tower", "merge", "multiway", "query_text", "single_stream", "splice"]
+__all__ = [
+    "albef",
+    "cross_attention",
+    "dual_tower",
+    "merge",
+    "modality_experts",
+    "multiway",
+    "query_text",
+    "single_stream",
+    "splice",
+]
