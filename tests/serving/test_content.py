@@ -152,14 +152,34 @@ PNG = base64.b64encode(encoded()).decode()
 @pytest.mark.parametrize(
     "url",
     [
-        "", "data:", "data:,", "data:image/png;base64", "data:image/png;base64,", "data:image/png," + PNG,
-        "data:image/png;base64," + PNG[:-1], "data:image/png;base64," + PNG.replace("/", "_").replace("+", "-") + "_-==",
-        "data:image/png;base64,@@@@", "data:image/png;base64,é", "data:image/png;base64," + base64.b64encode(b"hello").decode(),
-        "data:video/jpeg;base64," + ",".join([PNG] * 4), "data:" + "x" * 300 + ";base64," + PNG,
-        "hello", "cat.png", "/etc/passwd", "C:\\cat.png", "../cat.png", "\x00", "ftp://127.0.0.1/x", "gopher://x", "blob:x",
-        base64.b64encode(b"no picture at all").decode(), "javascript:alert(1)", "file:///etc/passwd", "http://127.0.0.1/x",
+        "",
+        "data:",
+        "data:,",
+        "data:image/png;base64",
+        "data:image/png;base64,",
+        "data:image/png," + PNG,
+        "data:image/png;base64," + PNG[:-1],
+        "data:image/png;base64," + PNG.replace("/", "_").replace("+", "-") + "_-==",
+        "data:image/png;base64,@@@@",
+        "data:image/png;base64,é",
+        "data:image/png;base64," + base64.b64encode(b"hello").decode(),
+        "data:video/jpeg;base64," + ",".join([PNG] * 4),
+        "data:" + "x" * 300 + ";base64," + PNG,
+        "hello",
+        "cat.png",
+        "/etc/passwd",
+        "C:\\cat.png",
+        "../cat.png",
+        "\x00",
+        "ftp://127.0.0.1/x",
+        "gopher://x",
+        "blob:x",
+        base64.b64encode(b"no picture at all").decode(),
+        "javascript:alert(1)",
+        "file:///etc/passwd",
+        "http://127.0.0.1/x",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_picture(running: Running, url: str):
     reply = ask(running, [user(shows(url))])
     assert reply.status == 400, reply.body

@@ -72,11 +72,20 @@ def test_a_model_that_cannot_be_loaded_is_red(vlm):
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        (b"", 400), (b"{", 400), (b"[]", 400), (b'"x"', 400), (b"null", 400), (b"\xff\xfe", 400),
-        (b'{"model": "tiny", "messages": NaN}', 400), (b"[" * 100_000, 400), (b'{"model": "\\ud800"}', 400),
-        (b'{"n":' + b"9" * 5000 + b"}", 400), (b'{"model": "tiny"}', 400), (b'{"messages": []}', 400),
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b'"x"', 400),
+        (b"null", 400),
+        (b"\xff\xfe", 400),
+        (b'{"model": "tiny", "messages": NaN}', 400),
+        (b"[" * 100_000, 400),
+        (b'{"model": "\\ud800"}', 400),
+        (b'{"n":' + b"9" * 5000 + b"}", 400),
+        (b'{"model": "tiny"}', 400),
+        (b'{"messages": []}', 400),
     ],
-)  # fmt: skip
+)
 def test_broken_bodies(running: Running, body: bytes, status: int):
     reply = running.post(CHAT, body)
     assert reply.status == status and reply.error["type"] == "invalid_request_error"
@@ -238,14 +247,24 @@ def test_what_fails_inside_says_nothing(running: Running, monkeypatch):
 def test_errors_do_not_repeat_what_was_sent(running: Running):
     long = "A" * 200_000
     bad = [
-        {"model": long}, {"model": "tiny", "messages": long}, {"model": "tiny", "messages": [{"role": long}]},
+        {"model": long},
+        {"model": "tiny", "messages": long},
+        {"model": "tiny", "messages": [{"role": long}]},
         {"model": "tiny", "messages": [{"role": "user", "content": [{"type": long}]}]},
         {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": long},
-        {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logit_bias": {str(i): 1e9 for i in range(900)}},
-        {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logit_bias": dict.fromkeys(map(str, range(5000)), 1)},
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "x"}],
+            "logit_bias": {str(i): 1e9 for i in range(900)},
+        },
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "x"}],
+            "logit_bias": dict.fromkeys(map(str, range(5000)), 1),
+        },
         {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "response_format": {"type": long}},
         {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop": [long]},
-    ]  # fmt: skip
+    ]
     for values in bad:
         reply: Reply = running.post(CHAT, values)
         assert reply.status in (400, 404) and len(reply.body) < 1500, json.dumps(values)[:60]
