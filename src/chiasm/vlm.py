@@ -173,15 +173,18 @@ class VLM:
         return own.save(self.config, self.model, self._processor, Path(folder), max_shard)
 
     def export(self, folder: str | Path, format: str = "hf", max_shard: int = 5_000_000_000) -> Path:
-        """Write another library's layout. ``"hf"``: the LLaVA classes of transformers.
+        """Write another library's layout. ``"hf"``: the class of transformers that such a model has there.
 
         Raises CheckpointError that names what the layout cannot hold.
         """
-        writers = {reader.name: reader for reader in readers() if type(reader).write is not Reader.write}
-        if format not in writers:
-            raise CheckpointError(f"there is no export to {format!r}; {nearest(format, writers)}")
+        writers = [reader for reader in readers() if type(reader).write is not Reader.write]
+        fitting = [r for r in writers if r.layout == format and r.writes(self.config)]
+        fitting = fitting or [r for r in writers if r.name == format]
+        if not fitting:
+            known = {reader.layout or reader.name for reader in writers}
+            raise CheckpointError(f"there is no export to {format!r}; {nearest(format, known)}")
         with replaced_folder(folder) as aside:
-            writers[format].write(aside, self, max_shard)
+            fitting[0].write(aside, self, max_shard)
         return Path(folder)
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chiasm.errors import CheckpointError
 
-FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "vocab.txt", "merges.txt"]
 PICKLES = ["*.bin", "*.pt"]
 NOT = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in layouts that are not read
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chiasm import registry
-from chiasm.checkpoints import halves
+from chiasm.checkpoints import halves, openflamingo
 from chiasm.config import PartConfig
 from chiasm.connectors.qformer import QFormer
 from chiasm.convert import maps, maps_blip
@@ -25,6 +25,7 @@ from chiasm.encoders.vit import ViT
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
 from chiasm.lm.decoder import Decoder
+from chiasm.lm.gpt import GPT
 from chiasm.model_config import VLMConfig
 from chiasm.presets.checkpoint import Options
 from chiasm.presets.hf_parts import Part, read_lm, read_tower, same_part
@@ -36,6 +37,8 @@ def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = F
     A query transformer may be given in halves: see ``halves``.
     """
     path = Path(path)
+    if part == openflamingo.NAME:
+        return openflamingo.load(model, path, allow_pickle)
     part, half = halves.split(part)
     config = part_config_of(model.config, part)
     if half and not isinstance(config, QFormer.Config):
@@ -51,6 +54,9 @@ def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = F
     if held is not None:
         whole, rules = True, maps_blip.lavis_qformer(part, config.text is not None)
         rules += [rename(kind + "_proj.{leaf}", part + ".proj.{leaf}") for kind in ("opt", "t5", "llm")]
+    elif isinstance(values, Mapping) and values.get("model_type") == "bert":
+        names = tuple(n for n in model.state_dict() if n.startswith(part + ".") and not halves.not_of_bert(n))
+        return load_weights(model, weights, halves.bert(part, config, values, str(path)), part=names)
     else:
         whole, rules, theirs = _rules(part, config, values, table.parent)
         held = halves.held_by(theirs if isinstance(theirs, QFormer.Config) else config)
@@ -92,7 +98,8 @@ def _rules(part: str, config: PartConfig, values: Any, folder: Path) -> tuple[bo
         return True, [rename("{rest}", "{rest}")], theirs
     for name in registry.names("checkpoint"):
         reader = registry.get("checkpoint", name)()
-        if reader.recognises(values):
+        alone = reader.of_towers and part.startswith("encoders.") and part != "encoders.text"
+        if reader.recognises(values) and not alone:
             found = reader.read(folder, values, Options(template="plain"))
             theirs = part_config_of(found.config.model, part)
             _agree(config, theirs, part, folder)
@@ -120,26 +127,31 @@ def _bare(part: str, config: PartConfig) -> list[AnyRule]:
 
 def _language_model(config: PartConfig, found: Part, folder: Path) -> list[AnyRule]:
     theirs, rules = found.config, found.rules
-    if isinstance(config, Decoder.Config) and isinstance(theirs, Decoder.Config):
-        if config.vocab > theirs.vocab:
-            rules = [_longer(rule, config.vocab - theirs.vocab) for rule in rules]
-            theirs = theirs.model_copy(update={"vocab": config.vocab})
-        if config.rope_scaling is None and theirs.rope_scaling is None:  # then only a limit, and no arithmetic
-            theirs = theirs.model_copy(update={"max_positions": config.max_positions})
+    both: Any = (config, theirs)
+    alike = type(config) is type(theirs) and isinstance(config, (Decoder.Config, GPT.Config))
+    if alike and both[0].vocab != both[1].vocab:
+        rules = [_resized(rule, both[0].vocab) for rule in rules]
+        theirs = theirs.model_copy(update={"vocab": both[0].vocab})
+    if alike and not any(getattr(c, "rope_scaling", None) for c in both):  # then only a limit, and no arithmetic
+        theirs = theirs.model_copy(update={"max_positions": both[0].max_positions})
     _agree(config, theirs, "lm", folder)
     return rules
 
 
-def _longer(rule: AnyRule, rows: int) -> AnyRule:
-    """Rows of a vocabulary that the file does not have become the mean of those it has."""
+def _resized(rule: AnyRule, rows: int) -> AnyRule:
+    """A vocabulary of ``rows``: those that the file does not have become the mean of those it has, those past the last
+    are cut off (they pad a published table; a tokenizer with more tokens than rows is refused elsewhere).
+    """
     if not isinstance(rule, Rule) or rule.ours not in (("embedding.weight",), ("lm_head.weight",)):
         return rule
 
     def forward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         table = tensors[0]
-        return [torch.cat([table, table.float().mean(0, keepdim=True).to(table.dtype).expand(rows, -1)])]
+        more = max(0, rows - len(table))
+        mean = table.float().mean(0, keepdim=True).to(table.dtype)
+        return [torch.cat([table[:rows], mean.expand(more, -1)])]
 
-    return replace(rule, forward=forward, backward=lambda tensors: [tensors[0][: len(tensors[0]) - rows]])
+    return replace(rule, forward=forward, backward=lambda tensors: list(tensors))
 
 
 def _tower(config: PartConfig, values: Mapping[str, Any], part: str, folder: Path) -> list[AnyRule]:

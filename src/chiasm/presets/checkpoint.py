@@ -50,6 +50,8 @@ class Reader:
     """Reads one project's layout, and writes it where the layout can hold the model."""
 
     name: ClassVar[str]
+    layout: ClassVar[str] = ""  # the export format that this reader's layout is one of; its own name where empty
+    of_towers: ClassVar[bool] = False  # a folder's picture tower is also read by itself, into other models
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Whether a ``config.json`` with these values is of this layout."""
@@ -58,6 +60,10 @@ class Reader:
     def read(self, folder: Path, values: Mapping[str, Any], options: Options) -> Checkpoint:
         """Everything but the tensors themselves. Raises CheckpointError or ConfigError."""
         raise NotImplementedError
+
+    def writes(self, config: VLMConfig) -> bool:
+        """Whether this is the layout, among those of one format, for a model of this configuration."""
+        return True
 
     def write(self, folder: Path, vlm: Any, max_shard: int) -> None:
         """Export ``vlm`` into an empty folder. Raises CheckpointError where the layout cannot hold it."""

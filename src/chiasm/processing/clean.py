@@ -1,7 +1,8 @@
 """What is done to a text before a text tower's tokenizer sees it.
 
 ``"clip"``: OpenAI's CLIP (ftfy, HTML entities twice, white space collapsed, lower case). ``"siglip"``: big_vision's
-``canonicalize`` as transformers has it (lower case, ASCII punctuation taken out, white space collapsed). ``"none"``.
+``canonicalize`` as transformers has it (lower case, ASCII punctuation taken out, white space collapsed).
+``"lower"``: lower case alone (SigLIP 2). ``"none"``.
 Reference: openai/CLIP ``simple_tokenizer.py`` d05afc4; ``SiglipTokenizer`` of transformers 5.23.
 """
 
@@ -15,14 +16,14 @@ from typing import Any, Literal
 
 from chiasm.errors import ConfigError
 
-Cleaning = Literal["none", "clip", "siglip"]
+Cleaning = Literal["none", "clip", "siglip", "lower"]
 _PLAIN = re.compile(r"[\t\n\r\x20-\x25\x27-\x7e]*")  # printable ASCII without "&": ftfy changes nothing there
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def cleaner(how: Cleaning) -> Callable[[str], str]:
     """The function of this name."""
-    return {"none": str, "clip": _clip, "siglip": _siglip}[how]
+    return {"none": str, "clip": _clip, "siglip": _siglip, "lower": str.lower}[how]
 
 
 def _clip(text: str) -> str:

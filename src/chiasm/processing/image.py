@@ -51,7 +51,8 @@ class ImageFrontEnd(FrontEnd):
         """How a picture becomes units.
 
         ``fit``: ``"crop"`` resizes the shorter side to ``shortest_edge`` and cuts the centre out (CLIP); ``"pad"``
-        first makes a square with ``pad_color`` (LLaVA-1.5); ``"squash"`` stretches (SigLIP). With ``tiling`` the
+        first makes a square with ``pad_color`` (LLaVA-1.5); ``"squash"`` stretches (SigLIP), to ``shortest_edge`` where
+        that is given, and then cuts the centre out (ALIGN; never together with tiles). With ``tiling`` the
         picture gives a base tile, stretched, and then its tiles. ``several`` says what pictures get when the sample has
         more than one: ``"tile"`` the same as alone, ``"pad"`` one unit padded to a square (OneVision), ``"single"`` one
         unit by ``fit``. ``alpha``: see ``chiasm.processing.open``.
@@ -141,7 +142,10 @@ class ImageFrontEnd(FrontEnd):
         """The units of an RGB picture, each ``size`` x ``size``, before they are normalised."""
         config = self.config
         if not self._tiled(place):
-            return [self._fit(image, "pad" if place.of > 1 and config.several == "pad" else config.fit)]
+            fit = "pad" if place.of > 1 and config.several == "pad" else config.fit
+            if fit == "squash" and config.edge != config.size:
+                return [self._crop(image.resize((config.edge, config.edge), self._resample))]
+            return [self._fit(image, fit)]
         assert config.tiling is not None
         base = image.resize((config.edge, config.edge), self._resample)
         tiles = [base, *cut(image, config.tiling, config.size, self._resample)]

@@ -29,6 +29,7 @@ class PairConfig(TemplateConfig):
     type: str = "pair"
     length: int = Field(default=77, ge=1)
     fill: bool = False
+    fill_side: Literal["right", "left"] = "right"
     clean: Cleaning = "none"
     read: Literal["last", "user"] = "last"
 
@@ -60,4 +61,5 @@ class PairTemplate(Template):
     def close(self, ids: list[int], suffix: Sequence[int], pad: int) -> list[int]:
         """Cut, ended with ``suffix``, and filled where that is wanted."""
         ids = [*ids[: self.config.length - len(suffix)], *suffix]
-        return ids + [pad] * (self.config.length - len(ids)) if self.config.fill else ids
+        padding = [pad] * (self.config.length - len(ids)) if self.config.fill else []
+        return padding + ids if self.config.fill_side == "left" else ids + padding

@@ -60,7 +60,8 @@ def views(config: Any, original: tuple[int, int], tiled: bool, padded: bool) -> 
     if not tiled:
         fit = "pad" if padded else config.fit
         if fit == "squash":
-            return [View(1 / width, 1 / height)]
+            stretched = View(config.edge / width, config.edge / height)
+            return [_cropped(config, stretched, config.edge, config.edge)]
         return [_cropped(config, *(_square(config, height, width) if fit == "pad" else (View(1, 1), height, width)))]
     size, edge = config.size, config.edge
     inner = _cropped if config.fit != "squash" else _squashed
