@@ -146,6 +146,57 @@ def test_parameters_of_blip2_are_those_of_transformers(name):
     assert count == record.parameters
 
 
+IDEFICS = {"idefics-9b": 2, "idefics-9b-instruct": 3, "idefics-80b": 2, "idefics-80b-instruct": 3}
+OPENFLAMINGO = {  # class of transformers, its configuration, what it lacks, width of the language model, blocks
+    "openflamingo-3b": ("Mpt", {"d_model": 2048, "n_layers": 24, "n_heads": 16}, 24 * 2 * 2048, 2048, 24),
+    "openflamingo-4b": (
+        "GPTNeoX",
+        {
+            **{"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
+            **{"rotary_pct": 1.0, "use_parallel_residual": False},
+        },
+        0,
+        2560,
+        16,
+    ),
+    "openflamingo-9b": ("Mpt", {"d_model": 4096, "n_layers": 32, "n_heads": 32}, 0, 4096, 8),
+}
+
+
+@pytest.mark.parametrize("name", IDEFICS)
+def test_parameters_of_idefics_are_those_of_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    large = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 22016}
+    config = transformers.IdeficsConfig(
+        **(large if "80b" in name else {}),
+        additional_vocab_size=IDEFICS[name],
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        use_resampler=True,
+        vision_config={"embed_dim": 1280},
+        perceiver_config={"use_resampler": True, "qk_layer_norms_perceiver": True},
+    )
+    with torch.device("meta"):
+        model = transformers.IdeficsForVisionText2Text(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == record_of(name).parameters
+
+
+@pytest.mark.parametrize("name", OPENFLAMINGO)
+def test_parameters_of_openflamingo(name):
+    """Tower and language model of transformers, the resampler's published size, and each block by its formula."""
+    transformers = pytest.importorskip("transformers")
+    kind, values, lacking, dim, blocks = OPENFLAMINGO[name]
+    plain = {key: value for key, value in CLIP_224.items() if key != "model_type"}
+    with torch.device("meta"):
+        tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**plain))
+        language = getattr(transformers, f"{kind}ForCausalLM")(
+            getattr(transformers, f"{kind}Config")(vocab_size=50280, **values)
+        )
+    both = sum(p.numel() for model in (tower, language) for p in model.parameters())
+    each = 2 * dim + dim * 512 + 2 * 1024 * 512 + 512 * dim + 2 * dim + 8 * dim * dim + 2
+    assert both + lacking + 63_019_008 + blocks * each == record_of(name).parameters
+
+
 @pytest.mark.parametrize(("name", "lm"), [("llava-1-7b", VICUNA_7B), ("llava-1-13b", VICUNA_13B)])
 def test_parameters_of_a_linear_connector(name, lm):
     """transformers has no class with a linear connector: the sum of its tower, its language model and one matrix."""
@@ -162,7 +213,7 @@ def test_parameters_of_a_linear_connector(name, lm):
 
 
 def test_every_preset_was_compared():
-    assert set(NAMES) == {*PUBLISHED, *BLIP2, "llava-1-7b", "llava-1-13b"}
+    assert set(NAMES) == {*PUBLISHED, *BLIP2, *IDEFICS, *OPENFLAMINGO, "llava-1-7b", "llava-1-13b"}
 
 
 CONNECTORS = {
@@ -231,7 +282,8 @@ def test_longest_picture_fits_the_language_model(name):
     if lm.type == "hf":  # T5's positions are relative
         reach = lm.config.get("max_position_embeddings", float("inf"))
     else:
-        reach = lm.max_positions * (lm.rope_scaling.factor if lm.rope_scaling else 1)
+        scaling = getattr(lm, "rope_scaling", None)
+        reach = lm.max_positions * (scaling.factor if scaling else 1)
     assert longest < config.processing.max_length <= reach
 
 
@@ -252,6 +304,9 @@ TEMPLATE_OF = {
     "instructblip-vicuna-13b": "instructblip",
     "instructblip-flan-t5-xl": "blip2_t5",
     "blip2-flan-t5-xxl": "blip2_t5",
+    "openflamingo-9b": "openflamingo",
+    "idefics-80b": "idefics",
+    "idefics-9b-instruct": "idefics_instruct",
 }
 
 
@@ -267,7 +322,11 @@ def test_conventions_are_the_authors(name):
     assert image.size == tower.image_size
     assert image.background == ((127, 127, 127) if image.mean[0] == 0.5 else (122, 116, 104))
     read = (tower.layer, tower.post_norm, tower.select)
-    if tower.depth == 39:
+    if name in OPENFLAMINGO:
+        assert read == (-1, "unused", "patch") and image.fit == "crop" and tower.activation == "quick_gelu"
+    elif name in IDEFICS:
+        assert read == (-1, "unused", "cls_patch") and image.fit == "squash" and tower.activation == "gelu"
+    elif tower.depth == 39:
         assert read == (-1, "applied", "cls_patch") and image.fit == "squash"
     else:
         assert read == ((-1, "unused", "patch") if tower.depth == 26 else (-2, "unused", "patch"))
@@ -301,8 +360,10 @@ def test_records_are_complete(name):
     assert config.provenance.preset == name and config.provenance.licences and config.provenance.paper == record.paper
     assert VLMConfig.parse(json.loads(json.dumps(config.dump()))).hash() == config.hash()
     assert record.system.arxiv is None or f"arXiv:{record.system.arxiv}" in record.paper
-    first = {"LLaVA-1": 2e-3, "BLIP-2": 1e-4, "InstructBLIP": 1e-4}.get(record.family, 1e-3)
-    assert len(record.stages) >= 2 and record.stages[0].lr == first
+    first = {"LLaVA-1": 2e-3, "BLIP-2": 1e-4, "InstructBLIP": 1e-4, "OpenFlamingo": 1e-4, "Idefics": None}.get(
+        record.family, 1e-3
+    )
+    assert len(record.stages) >= (1 if name in OPENFLAMINGO else 2) and record.stages[0].lr == first
     built = [n for n, _ in build_model(preset(name, tiny=True).model, device="meta").named_parameters()]
     for stage in record.stages:
         assert stage.template in TEMPLATES or " " in stage.template
@@ -313,7 +374,7 @@ def test_records_are_complete(name):
 
 def test_presets_differ_from_each_other():
     hashes = {record.function().hash() for record in presets()}
-    assert len(hashes) == len(NAMES) == 25
+    assert len(hashes) == len(NAMES) == 32
 
 
 def test_unknown_preset_says_which_are_near():
@@ -357,7 +418,12 @@ MAY_DIFFER = (
     "model.connectors.image.depth",
     "model.connectors.image.heads",
     "model.connectors.image.mlp",
+    "model.connectors.image.head_dim",
     "model.connectors.image.text.vocab",
+    "model.blocks.heads",
+    "model.blocks.head_dim",
+    "model.blocks.mlp",
+    "model.placement.every",
     "model.lm.config.vocab_size",
     "model.lm.config.hidden_size",
     "model.lm.config.word_embed_proj_dim",
@@ -389,7 +455,8 @@ def tokenizer(tmp_path_factory):
     core = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    turns = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    around = ["<|endofchunk|>", "<fake_token_around_image>", "<end_of_utterance>"]
+    turns = [*around, "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     core.add_special_tokens(["<s>", "</s>", "<pad>", "<image>", *turns])
     core.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -423,6 +490,13 @@ def talk(*media):
     return [{"role": "user", "content": [*kinds, words]}, {"role": "assistant", "content": "A colour."}]
 
 
+def open_gates(model):
+    """Gated blocks start shut: nothing behind a gate is seen, and nothing there has a gradient."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.fill_(0.7)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tiny_form_runs(name, tokenizer, rng):
     """One picture, none, two, and a clip in one batch: counts hold, an answer depends on its own picture alone."""
@@ -431,6 +505,7 @@ def test_tiny_form_runs(name, tokenizer, rng):
     model = build_model(config.model).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2, generator=rng)
+    open_gates(model)
     side = config.processing.media["image"].size
     check_counts(config.model, dict.fromkeys(config.processing.media, (3, side, side)))
     processor = Processor(config.processing, tokenizer, config.model.count)
@@ -455,6 +530,7 @@ def test_every_parameter_of_a_tiny_form_learns(name, tokenizer, rng):
     model = build_model(config.model)
     processor = Processor(config.processing, tokenizer, config.model.count)
     batch = processor.batch([talk(colours(rng, (31, 17)))], train=True)
+    open_gates(model)
     output = model(batch, logits="labels")
     torch.nn.functional.cross_entropy(output.logits, output.targets).backward()
     idle = {f"encoders.image.{n}" for n in model.encoders["image"].unused()}

@@ -9,9 +9,9 @@ other.
 (``squared_relu``).
 
 Differences by design: a linear layer to the language model's width follows where ``project`` says so: the published
-ones feed cross-attention, which takes the width as it is. A unit is one picture: frames do not share latents
-(Flamingo adds learned times and flattens them; OpenFlamingo leaves the times out). Latents start as a normal of
-deviation ``latent_std`` (1, as in both references).
+ones feed cross-attention, which takes the width as it is. With ``frames`` the frames of a clip share the latents, each
+with a learned time added (Flamingo, and OpenFlamingo's option; its released models have no times); without, each unit
+has its own. Latents and times start as a normal of deviation ``latent_std`` (1, as in both references).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any, Literal
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from chiasm.connectors.base import Connector, ConnectorConfig, only, sole
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, DataError
 from chiasm.nn.cross_attention import CrossAttention
 from chiasm.nn.mlp import activation
 from chiasm.registry import register
@@ -60,7 +61,10 @@ class Resampler(Connector):
     """``queries`` latents of the encoder's width, ``depth`` layers, a norm, and a linear layer where asked for."""
 
     class Config(ConnectorConfig):
-        """``times``: the perceptron's width as a multiple; ``head_norm``: norms on queries and keys of a head."""
+        """``times``: the perceptron's width as a multiple; ``head_norm``: norms on queries and keys of a head.
+
+        ``frames``: learned times, and one set of latents for all frames of a clip; a picture is a clip of one.
+        """
 
         type: str = "resampler"
         queries: PositiveInt = 64
@@ -71,12 +75,18 @@ class Resampler(Connector):
         activation: Literal["gelu", "gelu_tanh", "relu", "silu", "squared_relu"] = "gelu"
         head_norm: bool = False
         latent_std: float = 1.0
+        frames: PositiveInt | None = None
         project: bool = True
 
         def count(self, source: Count | Mapping[str, Count]) -> Count:
             """As many as there are latents."""
             only(source, "resampler")
             return Count(self.queries)
+
+        @property
+        def joins_units(self) -> bool:
+            """True where the frames of a clip become one."""
+            return self.frames is not None
 
     def __init__(self, config: Config, in_dims: Mapping[str, int], out_dim: int):
         super().__init__()
@@ -87,13 +97,14 @@ class Resampler(Connector):
             )
         self.config = config
         self.latents = nn.Parameter(torch.randn(config.queries, dim) * config.latent_std)
+        self.times = nn.Parameter(torch.randn(config.frames, dim) * config.latent_std) if config.frames else None
         self.layers = nn.ModuleList(Layer(config, dim) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, out_dim) if config.project else None
 
     def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Condition | None = None) -> Tokens:
         """``x [U, N, D_in]`` → ``[U, K, D_out]``."""
-        tokens = only(tokens, "resampler")
+        tokens = self._clips(only(tokens, "resampler"))
         latents = self.latents.expand(len(tokens.x), -1, -1)  # [U, K, D_in]
         mask = None
         if tokens.mask is not None:
@@ -103,6 +114,23 @@ class Resampler(Connector):
             latents = layer(latents, tokens.x, mask)
         x = self.norm(latents)  # [U, K, D_in]
         return Tokens(x if self.proj is None else self.proj(x))  # [U, K, D_out]
+
+    def _clips(self, tokens: Tokens) -> Tokens:
+        """``x [all frames, N, D]`` with ``runs`` → ``[clips, longest, D]``; as they are where units stay apart."""
+        if self.times is None:
+            return tokens
+        runs = tokens.runs or (1,) * len(tokens.x)
+        if max(runs) > len(self.times):
+            raise DataError(
+                f"a clip of {max(runs)} frames does not fit the {len(self.times)} learned times of connector "
+                "'resampler'; sample fewer frames, or train with more"
+            )
+        placed = tokens.x + torch.cat([self.times[:n] for n in runs]).unsqueeze(1)  # [all frames, N, D]
+        clips = [clip.flatten(0, 1) for clip in placed.split(list(runs))]  # each [frames*N, D]
+        seen = tokens.x.new_ones(tokens.x.shape[:2]).bool() if tokens.mask is None else tokens.mask
+        masks = [mask.flatten() for mask in seen.split(list(runs))]
+        plain = tokens.mask is None and len(set(runs)) == 1
+        return Tokens(pad_sequence(clips, batch_first=True), None if plain else pad_sequence(masks, batch_first=True))
 
 
 def openflamingo(**changes: Any) -> Resampler.Config:

@@ -18,6 +18,7 @@ from chiasm.config import Config
 from chiasm.errors import ConfigError
 from chiasm.fusion.assembly import blank_condition
 from chiasm.fusion.base import Fusion
+from chiasm.fusion.cross_attention import CrossAttention
 from chiasm.fusion.merge import SpatialUnpad
 from chiasm.fusion.pool import Pool
 from chiasm.fusion.splice import Splice
@@ -60,6 +61,8 @@ def parts(config: VLMConfig, model: Fusion | None = None) -> list[PartRow]:
         _row(place, _at(config.model, place), sizes.pop(place, 0), _widths(model, place)) for place in _order(places)
     ]
     rows.append(_row("lm", config.model.lm, sizes.pop("lm", 0)))
+    if "cross" in sizes:
+        rows.append(_row("cross", config.model.blocks, sizes.pop("cross"), _places(model)))
     return rows + [
         PartRow(place, "", "one learned vector" if place == "newline" else "", n) for place, n in sizes.items()
     ]
@@ -74,6 +77,7 @@ def flow(
     stream = config.model.stream(kind)
     named: dict[str, Any] = {}
     count = config.count(kind, layout)
+    vectors = getattr(config.model, "vectors", config.model.count)(kind, layout)
     units = torch.empty(layout.units, *layout.shape, device="meta")
     slots = torch.arange(count, device="meta")
     network: Any = model
@@ -94,10 +98,13 @@ def flow(
         steps.append(_pooled(stream.pool, projected))
     (merged,) = named[f"{kind}/merged"]
     width, vocab = network.lm.dim, network.lm.vocab
-    words = f"merge {stream.merge.type}: {arithmetic(config, kind, layout)} = {count}"
+    words = f"merge {stream.merge.type}: {arithmetic(config, kind, layout)} = {vectors}"
     steps.append(Step(words, tuple(merged.shape)))
-    steps.append(Step("in the slots among n tokens of text", (1, f"n + {count}", width)))
-    steps.append(Step(f"lm ({config.model.lm.type})", (1, f"n + {count}", width)))
+    beside = isinstance(config.model, CrossAttention.Config)
+    among = "its placeholder among n tokens of text" if beside else "in the slots among n tokens of text"
+    steps.append(Step(among, (1, f"n + {count}", width)))
+    looks = f", {len(network.places)} blocks look at the {vectors} vectors" if beside else ""
+    steps.append(Step(f"lm ({config.model.lm.type}){looks}", (1, f"n + {count}", width)))
     return [*steps, Step("head, at the last position", (1, vocab))]
 
 
@@ -146,13 +153,19 @@ def arithmetic(config: VLMConfig, kind: str, layout: Layout) -> str:
     if isinstance(merge, SpatialUnpad.Config) and layout.grid != (0, 0):
         rows, columns = merge.shrunk(merge.kept(layout, unit), unit)
         return f"{unit.tokens} + {rows} x ({columns} + 1)" if merge.base else f"{rows} x ({columns} + 1)"
-    total, extra = layout.units * unit.tokens, config.count(kind, layout) - layout.units * unit.tokens
+    vectors = getattr(config.model, "vectors", config.model.count)(kind, layout)
+    total, extra = layout.units * unit.tokens, vectors - layout.units * unit.tokens
     words = f"{layout.units} x {unit.tokens}" if layout.units > 1 else f"{total}"
     return f"{words} + {extra}" if extra else words
 
 
 def _row(place: str, config: Any, parameters: int, widths: str = "") -> PartRow:
-    return PartRow(place, config.type, ", ".join(words for words in (widths, options(config)) if words), parameters)
+    return PartRow(
+        place,
+        getattr(config, "type", "gated blocks"),
+        ", ".join(words for words in (widths, options(config)) if words),
+        parameters,
+    )
 
 
 def _order(places: set[str]) -> list[str]:
@@ -167,7 +180,14 @@ def _widths(model: Fusion, place: str) -> str:
         return ""
     feeding = next(s.encoders for s in model.config.media.values() if s.connector == name)  # type: ignore[attr-defined]
     widths = (str(model.encoders[encoder].dim) for encoder in feeding)  # type: ignore[index, union-attr]
-    return f"{' and '.join(widths)} to {model.lm.dim}"  # type: ignore[union-attr]
+    return f"{' and '.join(widths)} to {getattr(model, 'width', model.lm.dim)}"  # type: ignore[union-attr]
+
+
+def _places(model: Any) -> str:
+    """Where gated blocks stand: ``before layers 3, 7, …``."""
+    places = [str(place) for place in model.places]
+    listed = ", ".join(places if len(places) < 6 else [*places[:3], "…", places[-1]])
+    return f"{len(places)} before layers {listed}"
 
 
 def _at(config: Any, place: str) -> Any:

@@ -15,6 +15,7 @@ PATCH = 4  # pixels of a tiny patch's side
 QUARTER = 4  # a tiny tower sees a quarter of the patches a side
 TOWER = {"dim": 32, "depth": 3, "heads": 4, "mlp": 64, "patch": PATCH}
 QFORMER = {"queries": 8, "dim": 32, "depth": 3, "heads": 4, "mlp": 64}
+RESAMPLER = {"queries": 8, "depth": 2, "heads": 2, "head_dim": 8}
 HF: dict[str, dict[str, Any]] = {  # by transformers' model_type
     "opt": {
         "hidden_size": 64,
@@ -45,7 +46,14 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
             connector.update(QFORMER)
             if connector["text"]:
                 connector["text"].update(vocab=vocab)
-    _shrink_lm(model["lm"], vocab)
+        if connector["type"] == "resampler":
+            connector.update(RESAMPLER)
+    if model["type"] == "cross_attention":
+        _shrink_blocks(model)
+    if "lm" in model:
+        _shrink_lm(model["lm"], vocab)
+    if model.get("start") is not None:  # of texts that a first stage writes
+        model["start"] = vocab - 1
     for front_end in media.values():
         _shrink(front_end.get("image", front_end), sizes)
         if "frames" in front_end:
@@ -55,13 +63,26 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
 
 def _shrink_lm(lm: dict[str, Any], vocab: int) -> None:
     """Sizes of a language model, in place. Raises ConfigError for one that has no tiny form."""
-    if lm["type"] == "decoder":
+    if lm["type"] == "gpt":
+        lm.update(vocab=vocab, dim=64, depth=2, heads=4, mlp=128)
+    elif lm["type"] == "decoder":
         grouped = lm["kv_heads"] not in (None, lm["heads"])
         lm.update(vocab=vocab, dim=64, depth=2, heads=4, kv_heads=2 if grouped else None, head_dim=None, mlp=128)
     elif lm["type"] == "hf" and lm["config"]["model_type"] in HF:
         lm["config"].update(HF[lm["config"]["model_type"]], vocab_size=vocab)
     else:
-        raise ConfigError(f"the language model is of type {lm['type']!r}: only 'decoder', OPT and T5 have a tiny form")
+        raise ConfigError(
+            f"the language model is of type {lm['type']!r}: only 'decoder', 'gpt', OPT and T5 have a tiny form"
+        )
+
+
+def _shrink_blocks(model: dict[str, Any]) -> None:
+    """Sizes of gated blocks, in place; they keep their places as far as two layers allow."""
+    blocks, placement = model["blocks"], model["placement"]
+    blocks["heads"] = 4
+    blocks["head_dim"] = None if blocks["head_dim"] is None else 8
+    blocks["mlp"] = None if blocks["mlp"] is None else 96
+    placement["every"] = min(placement["every"], 2)
 
 
 def tiny_side(side: int, patch: int) -> int:

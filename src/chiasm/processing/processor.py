@@ -66,6 +66,7 @@ class ProcessingConfig(Config):
     box: BoxFormat = BoxFormat()
     instruction: Instruction | None = None  # for connectors that read it
     stop_strings: tuple[str, ...] = ()  # further strings that generation stops on
+    max_media: int | None = Field(default=None, ge=0)  # media of a conversation, shots included; more are refused
     labels: tuple[str, ...] = ()  # the answers of a model that classifies, in the order of its classes
     masking: Masking | None = None  # words hidden in training, for objectives that fill them
 
@@ -262,6 +263,13 @@ class Processor:
     def _open(self, messages: Sequence[Message], id: str) -> list[MediaItem]:
         """Every medium through its front end, in the order of the conversation."""
         media = [medium for message in messages for medium in message.media]
+        most = self.config.max_media
+        if most is not None and len(media) > most:
+            raise DataError(
+                f"sample {id!r}: the conversation holds {len(media)} media, this model takes at most {most}: leave out "
+                "shots, or raise processing.max_media",
+                "too_long",
+            )
         totals: dict[str, int] = {}
         for medium in media:
             totals[medium.kind] = totals.get(medium.kind, 0) + 1
