@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_folders import photo
 from query_kit import CONFIG, batch, folder_of_transformers
 from test_blip2_hf import QUESTIONS, make, talk
@@ -19,9 +20,12 @@ from torch import Tensor
 
 import chiasm
 from chiasm.compose import build_model
+from chiasm.connectors.qformer import unimodal
 from chiasm.errors import CheckpointError, ConfigError
+from chiasm.fusion.query_text import QueryText
 from chiasm.model_config import VLMConfig
 from chiasm.presets import lavis
+from chiasm.types import Condition, Tokens
 from chiasm.vlm import VLM
 from parity.weights import randomise
 
@@ -271,3 +275,40 @@ def test_what_lavis_has_no_place_for(first: Any, tmp_path: Path):
         vlm.export(tmp_path / "out", format="lavis")
     with pytest.raises(CheckpointError, match="a first stage without a head for words"):
         first.vlm.export(tmp_path / "out", format="lavis")
+
+
+def test_the_first_stage_begins_with_bert(first: Any, tmp_path: Path):
+    """Both perceptrons are BERT's, of which LAVIS's query half is a copy; what it looks with stays as it was made."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
+    config = transformers.BertConfig(**sizes, vocab_size=77, max_position_embeddings=20)
+    bert = randomise(transformers.BertModel(config), 2)
+    bert.save_pretrained(tmp_path / "bert")
+    model = build_model(QueryText.Config.parse(CONFIG))
+    vlm = VLM(first.ours.config, model, None)  # type: ignore[arg-type]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    vlm.load_part("connectors.image", tmp_path / "bert")
+    bridge, theirs = model.connectors["image"].body, bert.state_dict()
+    for i, layer in enumerate(bridge.layers):
+        for mine in (layer.query_mlp, layer.text_mlp):
+            assert torch.equal(mine.fc1.weight, theirs[f"encoder.layer.{i}.intermediate.dense.weight"])
+            assert torch.equal(mine.fc2.bias, theirs[f"encoder.layer.{i}.output.dense.bias"])
+        assert torch.equal(layer.query_norm.weight, theirs[f"encoder.layer.{i}.output.LayerNorm.weight"])
+        assert layer.query_mlp.fc1.weight.data_ptr() != layer.text_mlp.fc1.weight.data_ptr()
+    words = theirs["embeddings.word_embeddings.weight"]
+    torch.testing.assert_close(bridge.text.words.weight[77:], words.mean(0).expand(3, -1))
+    for name in ("connectors.image.queries", "connectors.image.body.layers.2.cross.k.weight"):
+        assert torch.equal(model.state_dict()[name], before[name])
+    ids = torch.arange(3, 9)[None]
+    text = Condition(ids, torch.ones_like(ids).bool())
+    types = theirs["embeddings.token_type_embeddings.weight"][0]  # BERT adds them, a Q-Former has none
+    expected = bert(inputs_embeds=bert.embeddings.word_embeddings(ids) - types).last_hidden_state
+    none = bridge.text.words.weight.new_zeros(1, 0, 24)
+    found = bridge(none, Tokens(none.new_zeros(1, 1, 32)), text, unimodal(0, text.mask))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(CheckpointError, match="hidden_size is 16 here, 24 there"):
+        small = QueryText.Config.parse(CONFIG | {"connectors": {"image": bridge_of(dim=16)}})
+        VLM(first.ours.config, build_model(small), None).load_part("connectors.image", tmp_path / "bert")  # type: ignore[arg-type]
+
+
+def bridge_of(**changes: Any) -> dict[str, Any]:
+    return CONFIG["connectors"]["image"] | changes  # type: ignore[no-any-return]

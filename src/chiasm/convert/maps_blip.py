@@ -34,6 +34,17 @@ _LAYER = {
     "output.LayerNorm": "text_norm",
 }
 
+BERT = {  # a layer of BertModel ↔ of a query transformer; its perceptron is text's
+    "attention.self.query": "attn.q",
+    "attention.self.key": "attn.k",
+    "attention.self.value": "attn.v",
+    "attention.output.dense": "attn.out",
+    "attention.output.LayerNorm": "attn_norm",
+    "intermediate.dense": "text_mlp.fc1",
+    "output.dense": "text_mlp.fc2",
+    "output.LayerNorm": "text_norm",
+}
+
 
 def _layers() -> list[AnyRule]:
     """The layers, with their text half or without."""

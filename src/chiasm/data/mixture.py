@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +20,7 @@ from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.types import Message
 
 Ref = tuple[int, int]  # (number of the source, index in it)
+Mixing = Literal["proportional", "square_root"]
 
 
 class Entry(Config):
@@ -29,9 +32,15 @@ class Entry(Config):
 
 
 class HeldOut(Entry):
-    """A source that is never trained on, and how its answers are scored."""
+    """A source that is never trained on, and how its answers are scored.
+
+    Models that compare pictures with texts choose among ``labels``, each written in all ``templates``; without labels
+    they search.
+    """
 
     metric: str = "exact"
+    labels: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}",)
 
 
 class Mixture:
@@ -39,14 +48,24 @@ class Mixture:
 
     No example of a source comes a second time before all of them came once, whatever the weight. The order of an epoch
     is computed from ``(seed, epoch)`` alone: a resumed run needs no state but a number.
+
+    ``mixing``: a source's share of an epoch goes by its size times its weight; or, ``"square_root"``, by the root of
+    its size times its weight (InstructBLIP, arXiv:2305.06500, section 2.4: small sources are then seen more often,
+    large ones less), in epochs as long as all sources together.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], seed: int = 0, quarantine: Quarantine | None = None):
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        seed: int = 0,
+        quarantine: Quarantine | None = None,
+        mixing: Mixing = "proportional",
+    ):
         if not entries:
             raise ConfigError("no data source is given; add one under 'data'")
         self.names = list(entries)
         self.entries = list(entries.values())
-        self.seed = seed
+        self.seed, self.mixing = seed, mixing
         self.sources: list[Source] = []
         for name, entry in entries.items():
             source = registry.get("source", entry.source.type)(entry.source)
@@ -79,7 +98,11 @@ class Mixture:
 
     def share(self, number: int) -> int:
         """Examples of a source in one epoch, at least one."""
-        return max(1, round(self.size(number) * self.entries[number].weight))
+        if self.mixing == "proportional":
+            return max(1, round(self.size(number) * self.entries[number].weight))
+        sizes = [self.size(i) for i in range(len(self.sources))]
+        roots = [entry.weight * math.sqrt(n) for entry, n in zip(self.entries, sizes, strict=True)]
+        return max(1, round(sum(sizes) * roots[number] / sum(roots)))
 
     def __len__(self) -> int:
         """Examples in one epoch."""
@@ -129,7 +152,7 @@ class Mixture:
         chosen = object.__new__(Mixture)
         keep = [self.names.index(name) for name in names]
         chosen.kept = [self.kept[i] for i in keep]
-        chosen.names, chosen.seed = list(names), self.seed
+        chosen.names, chosen.seed, chosen.mixing = list(names), self.seed, self.mixing
         chosen.entries, chosen.sources = [self.entries[i] for i in keep], [self.sources[i] for i in keep]
         return chosen
 

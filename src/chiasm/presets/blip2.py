@@ -3,7 +3,7 @@
 Paper: BLIP-2 (arXiv:2301.12597). Reference: salesforce/LAVIS 506965b; the port in transformers 5.23.
 
 Differences by design and from the project's source documents stand in ``BLIP_2.differences``. The configurations are
-those of the second stage, in which the Q-Former has lost its text half; ``with_text`` gives it back for the first.
+those of the second stage, in which the Q-Former has lost its text half; ``stage_1`` is the model of the first.
 """
 
 from __future__ import annotations
@@ -143,9 +143,29 @@ def flan_t5(dim: int, mlp: int, heads: int) -> dict[str, Any]:
     }
 
 
-def with_text(config: VLMConfig) -> VLMConfig:
-    """The Q-Former with its text half, as the first stage trains it."""
-    return config.edit(**{"model.connectors.image.text": {"vocab": 30523, "positions": 512}})
+TEXT = {"vocab": 30523, "positions": 512}  # BERT's words, and one that opens a text that is written
+
+
+def stage_1() -> VLMConfig:
+    """The first stage: the tower and the Q-Former with its text half, no language model. ``"chiasm.presets.blip2:
+    stage_1"`` names it; the tokenizer is BERT's with ``[DEC]``, id 30522, added.
+    """
+    return VLMConfig.parse(
+        {
+            "model": {
+                "type": "query_text",
+                "encoders": {"image": eva_clip_vit_g14()},
+                "connectors": {"image": {"type": "qformer", "text": TEXT, "project": False}},
+                "dim": 256,
+                "start": 30522,
+            },
+            "processing": {
+                "template": "blip2_caption",
+                "media": {"image": {"type": "image", "placeholder": None, "size": 224, "fit": "squash"}},
+                "max_length": 512,
+            },
+        }
+    )
 
 
 @published(

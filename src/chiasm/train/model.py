@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from chiasm.errors import ConfigError
+from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.train.plan import Plan, part_of
 from chiasm.train.recipe import ModelSpec
@@ -24,7 +25,7 @@ def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
     if len(given) != 1:
         raise ConfigError(f"model: give exactly one of preset, folder and config, got {', '.join(given) or 'none'}")
     if spec.folder is not None:
-        if spec.overrides or spec.weights or spec.tokenizer:
+        if spec.overrides or spec.weights or spec.tokenizer or spec.instruction_tokenizer:
             raise ConfigError(
                 "model.folder holds configuration, weights and tokenizer; overrides, weights and tokenizer "
                 "belong to a model that is built: give preset or config"
@@ -35,7 +36,14 @@ def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
         raise ConfigError("model.tokenizer is missing; name a folder that holds tokenizer.json or tokenizer.model")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return vlm.build(config, device=device, dtype=torch.float32)
+        return vlm.build(config, device=device, dtype=torch.float32, tokenizer=_both(spec, config.tokenizer))
+
+
+def _both(spec: ModelSpec, folder: str) -> Tokenizer | None:
+    """The tokenizer with a second one for instructions, where the specification names one."""
+    if spec.instruction_tokenizer is None:
+        return None
+    return Tokenizer.from_folder(folder).with_instruction(Tokenizer.from_folder(spec.instruction_tokenizer))
 
 
 def built_config(spec: ModelSpec) -> VLMConfig:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from chiasm.config import Config, load_yaml, override
-from chiasm.data.mixture import Entry, HeldOut
+from chiasm.data.mixture import Entry, HeldOut, Mixing
 from chiasm.data.quarantine import HELD_OUT, BadPolicy, BadSamples, Quarantine
 from chiasm.errors import ConfigError, nearest
 from chiasm.train.plan import PLANS, Action, check_action
@@ -25,6 +25,7 @@ class ModelSpec(Config):
     config: dict[str, Any] | None = None  # a VLMConfig written out
     overrides: dict[str, Any] = Field(default_factory=dict)  # dotted changes of the configuration, before it is built
     tokenizer: str | None = None  # a folder with tokenizer files; needed unless ``folder`` is given
+    instruction_tokenizer: str | None = None  # one more, for a connector that reads the instruction
     weights: dict[str, str] = Field(
         default_factory=dict
     )  # part ("lm", "encoders.image") → folder its weights are loaded from
@@ -110,6 +111,7 @@ class Recipe(Config):
     model: ModelSpec
     data: dict[str, Entry]
     held_out: dict[str, HeldOut] = Field(default_factory=dict)
+    mixing: Mixing = "proportional"  # how sources share an epoch: by their sizes, or by the square roots of them
     quarantine: str | None = None  # written data.quarantine: the file of samples left out, made by chiasm check
     bad: BadPolicy = BadSamples()  # written data.bad: what is done with a sample that cannot be used, stop or skip
     stages: tuple[Stage, ...] = Field(min_length=1)

@@ -17,6 +17,7 @@ from chiasm.data.check import Checked, check
 from chiasm.data.loader import BatchPlan, Renderer
 from chiasm.data.mixture import Mixture
 from chiasm.errors import DataError
+from chiasm.eval.pairs import check_pairs, compares
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
 from chiasm.train.distributed import ALONE, Alone, started
@@ -73,7 +74,7 @@ class Run:
         for stage in recipe.stages:
             objective(stage.objective)
         out = recipe.left_out()
-        self.mixture = Mixture(recipe.data, recipe.seed, out)
+        self.mixture = Mixture(recipe.data, recipe.seed, out, recipe.mixing)
         self.held_out = Mixture(recipe.held_out, recipe.seed, out and out.held_out()) if recipe.held_out else None
         for entry in recipe.held_out.values():
             registry.get("metric", entry.metric)
@@ -92,8 +93,12 @@ class Run:
                 found = check(mixture, self._renderer(stage), stage.check_samples, bad=self.recipe.bad)
             self.console.print(_told(stage, found), highlight=False)
         if self.held_out:
-            for ref in self.held_out.first(self.recipe.eval.limit):
-                question(self.held_out[ref])
+            examples = [self.held_out[ref] for ref in self.held_out.first(self.recipe.eval.limit)]
+            if compares(self.vlm):
+                check_pairs(examples, self.recipe.held_out)
+            else:
+                for example in examples:
+                    question(example)
             check(self.held_out, Renderer(self.vlm.processor), self.recipe.eval.loss_samples)
         if self.ranks.first:
             self._begin(steps)
