@@ -1,12 +1,14 @@
 """Conversations in, text out: prefill, then tokens until each row stops.
 
-``generate`` is what ``VLM.generate`` calls. Below it ``Engine`` runs one prepared ``Batch``: ``Steps`` computes
-logits, ``Sampler`` or ``Beams`` chooses, ``Answering`` turns a row's ids into text and says when it stops. Padding is
-on the left, finished rows leave the batch at once, and nothing of one row reaches another.
+``generate`` is what ``VLM.generate`` calls. Below it ``Engine`` runs one prepared ``Batch``. Models that fit go through
+slots and the scheduler of a service. For the others, and for beams, ``Steps`` computes logits of a batch padded on the
+left, and finished rows leave it at once. Either way ``Writer`` chooses, turns ids into text and says when an answer
+stops, and nothing of one row reaches another.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +18,23 @@ from torch import Tensor
 
 from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.base import Fusion
+from chiasm.infer.answer import Writer
 from chiasm.infer.beam import Beams
-from chiasm.infer.sampling import Options, Sampler, penalise
+from chiasm.infer.kept import Kept
+from chiasm.infer.prompt import Prompt, prompts_of
+from chiasm.infer.request import Finish
+from chiasm.infer.sampling import Options, penalise
+from chiasm.infer.scheduler import Job, Scheduler
+from chiasm.infer.slots import Slots
 from chiasm.infer.steps import Afresh, Cached, Steps, Written
-from chiasm.infer.stream import StopStrings, TextStream
+from chiasm.infer.words import Words
 from chiasm.nn.modes import evaluating
 from chiasm.types import Batch, Message
+
+SLOTS = 16
+PREFIXES = 1 << 30
+FEATURES = 1 << 28
+"""How many conversations of one call are answered side by side; bytes kept of their common beginnings and pictures."""
 
 
 @dataclass
@@ -52,10 +65,10 @@ def generate(
     """Answer one conversation (a list of messages → ``str``) or several (a list of those → ``list[str]``).
 
     ``options`` are those of ``Options``: ``max_new_tokens=128, temperature=0.0, top_k, top_p, num_beams=1,
-    length_penalty=1.0, repetition_penalty=1.0, stop=(), seed, use_cache``. ``return_details`` gives ``Answer``
-    instead of ``str``. ``stream=True`` gives an iterator over pieces of text, for several conversations over
-    ``(index, piece)``; the pieces of a conversation, joined, are its text (with beams there is one piece, at the
-    end).
+    length_penalty=1.0, repetition_penalty=1.0, stop=(), seed, use_cache``, and the others of ``Sampling``.
+    ``return_details`` gives ``Answer`` instead of ``str``. ``stream=True`` gives an iterator over pieces of text, for
+    several conversations over ``(index, piece)``; the pieces of a conversation, joined, are its text (with beams there
+    is one piece, at the end).
 
     Raises ConfigError for options that make no sense, DataError for a prompt that the model has no room for.
     """
@@ -122,63 +135,121 @@ class Run:
     def __init__(self, engine: Engine, batch: Batch, options: Options, lengths: list[int], limits: list[int]):
         self.engine, self.batch, self.options = engine, batch, options
         self.lengths, self.limits = lengths, limits
-        self.rows = [Answering(engine, options, length, limit) for length, limit in zip(lengths, limits, strict=True)]
+        self.answers = [Answer(prompt_tokens=length) for length in lengths]
+        self._words = Words(engine.processor)
 
     def finish(self) -> list[Answer]:
         """All answers, in the order of the batch."""
         for _ in self.pieces():
             pass
-        return [row.answer for row in self.rows]
+        return self.answers
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """``(row, piece of text)`` as they come."""
+        way = self._search if self.options.num_beams > 1 else self._in_slots if self.in_slots else self._in_rows
         with evaluating(self.engine.model):
-            yield from self._search() if self.options.num_beams > 1 else self._write()
+            yield from way()
 
-    def _write(self) -> Iterator[tuple[int, str]]:
+    @property
+    def in_slots(self) -> bool:
+        """Whether the rows go through slots, as in a service, and not through a padded batch."""
+        model, ends = self.engine.model, zip(self.lengths, self.limits, strict=True)
+        fits = self.options.use_cache and Slots.fits(model)
+        return fits and all(model.lm.steady(1, length + limit) for length, limit in ends)  # type: ignore[union-attr,operator]
+
+    def writer(self, row: int, prompt: Tensor) -> Writer:
+        """The writer of a row. ``prompt [T]``: the ids that the repetition penalty counts beside the answer's."""
+        lm = getattr(self.engine.model, "lm", None)  # a model may write without one (BLIP-2's first stage)
+        vocab: Any = self.engine.model.config.vocab if lm is None else lm.vocab
+        return Writer(
+            self.engine.processor,
+            self.options,
+            prompt,
+            self.limits[row],
+            int(vocab),
+            words=self._words,  # type: ignore[arg-type]
+        )
+
+    def _in_slots(self) -> Iterator[tuple[int, str]]:
+        """Through the scheduler of a service, in this thread."""
+        prompts = prompts_of(self.batch)
+        count = min(len(prompts), SLOTS)
+        events: deque[tuple[int, str]] = deque()
+        failed: list[Exception] = []
+
+        def job(row: int, prompt: Prompt) -> Job:
+            writer = self.writer(row, prompt.ids)
+
+            def end(finish: Finish) -> None:
+                self._note(row, writer)
+                failed.extend([finish.error] if finish.error else [])
+
+            return Job(prompt, writer, lambda piece: events.append((row, piece.text)), end)
+
+        with torch.inference_mode():
+            length = max(a + b for a, b in zip(self.lengths, self.limits, strict=True))
+            slots = Slots(self.engine.model, count, length)  # type: ignore[arg-type]
+        shared = count > 1
+        scheduler = Scheduler(
+            self.engine.model, slots, count, Kept(PREFIXES) if shared else None, Kept(FEATURES) if shared else None
+        )
+        scheduler.waiting.extend(job(row, prompt) for row, prompt in enumerate(prompts))
+        while not scheduler.idle:
+            scheduler.step()
+            if failed:
+                raise failed[0]
+            while events:
+                yield events.popleft()
+
+    def _in_rows(self) -> Iterator[tuple[int, str]]:
+        """As a padded batch, for models that have no slots."""
         # Inference mode is entered for each step: held over a yield it would change the caller's own computations.
         with torch.inference_mode():
             steps = self.engine.steps(self)
-            seen = self._seen(steps)
-            sampler = Sampler(self.options, len(self.rows))
-        for row, seed in zip(self.rows, sampler.seeds, strict=True):
-            row.answer.seed = seed if self.options.temperature > 0 else None
-        live = list(range(len(self.rows)))
+            writers = [self.writer(row, ids) for row, ids in enumerate(self._prompts(steps))]
+        live = list(range(len(writers)))
         while True:
             with torch.inference_mode():
-                ids = sampler(steps.logits, seen)  # [R]
+                chosen = [writers[row].choose(steps.logits[place]) for place, row in enumerate(live)]
             going = []
-            for place, (index, token) in enumerate(zip(live, ids.tolist(), strict=True)):
-                piece = self.rows[index].push(token)
-                if piece:
-                    yield index, piece
-                if not self.rows[index].answer.reason:
+            for place, (row, token) in enumerate(zip(live, chosen, strict=True)):
+                piece = writers[row].push(token)
+                if piece is not None and piece.text:
+                    yield row, piece.text
+                if writers[row].reason:
+                    self._note(row, writers[row])
+                else:
                     going.append(place)
             if not going:
                 return
             with torch.inference_mode():
+                device = steps.logits.device
                 if len(going) < len(live):
-                    kept = torch.tensor(going, device=ids.device)
-                    steps.reorder(kept)
-                    sampler.keep(going)
-                    ids, seen = ids[kept], None if seen is None else seen[kept]
+                    steps.reorder(torch.tensor(going, device=device))
                     live = [live[place] for place in going]
-                if seen is not None:
-                    seen.scatter_(1, ids.unsqueeze(1), True)
-                steps.advance(ids)
+                steps.advance(torch.tensor([writers[row].ids[-1] for row in live], device=device))
+
+    def _note(self, row: int, writer: Writer) -> None:
+        answer = self.answers[row]
+        answer.ids, answer.text, answer.reason = writer.ids, writer.text, writer.reason
+        answer.seed = writer.sampler.seeds[0] if self.options.temperature > 0 else None
 
     def _search(self) -> Iterator[tuple[int, str]]:
         """Beam search of all rows side by side, each with its own beams; one piece of text a row, at the end."""
-        for index, (row, beams) in enumerate(zip(self.rows, self._beams(), strict=True)):
-            row.answer.score, ids = beams.best()
-            yield index, "".join(row.push(token) for token in ids)
+        for row, (writer, beams) in enumerate(self._beams()):
+            self.answers[row].score, ids = beams.best()
+            for token in ids:
+                writer.push(token)
+            self._note(row, writer)
+            yield row, writer.text
 
     @torch.inference_mode()
-    def _beams(self) -> list[Beams]:
+    def _beams(self) -> list[tuple[Writer, Beams]]:
         n, steps = self.options.num_beams, self.engine.steps(self)
         seen = self._seen(steps)
         spare = max(2, 1 + len(self.engine.stop_ids)) * n
-        found = [Beams(n, self.options.length_penalty, spare, row.ends) for row in self.rows]
+        writers = [self.writer(row, ids) for row, ids in enumerate(self._prompts(steps))]
+        found = [Beams(n, self.options.length_penalty, spare, writer.ends) for writer in writers]
         live = list(range(len(found)))
         rows = torch.arange(len(live), device=steps.logits.device).repeat_interleave(n)  # [R*n]
         steps.reorder(rows)
@@ -195,7 +266,7 @@ class Run:
                     parents += [place * n + parent for parent in chosen]
                     tokens += ids
             if not going:
-                return found
+                return list(zip(writers, found, strict=True))
             live = going
             rows = torch.tensor(parents, device=scores.device)
             fresh = torch.tensor(tokens, device=scores.device)
@@ -204,55 +275,20 @@ class Run:
                 seen = seen[rows].scatter(1, fresh.unsqueeze(1), True)
             steps.advance(fresh)
 
+    def _prompts(self, steps: Steps) -> list[Tensor]:
+        """The ids of each row that the repetition penalty lowers from the beginning: the prompt's, without padding."""
+        if isinstance(steps, Written):
+            return list(steps.ids.cpu())
+        return [ids[kept != 0] for ids, kept in zip(self.batch.input_ids, self.batch.segment_ids, strict=True)]
+
     def _seen(self, steps: Steps) -> Tensor | None:
-        """Ids ``[B, V]`` that the repetition penalty lowers: the prompt's (without padding), and later the answer's."""
+        """Those ids as a table ``[B, V]``, where there is a penalty."""
         if self.options.repetition_penalty == 1.0:
             return None
         seen = torch.zeros_like(steps.logits, dtype=torch.bool)  # [B, V]
-        if isinstance(steps, Written):
-            return seen.scatter(1, steps.ids, True)
-        rows, columns = torch.nonzero(self.batch.segment_ids, as_tuple=True)
-        seen[rows.to(seen.device), self.batch.input_ids[rows, columns].to(seen.device)] = True
+        for row, ids in enumerate(self._prompts(steps)):
+            seen[row, ids.to(seen.device)] = True
         return seen
-
-
-class Answering:
-    """One conversation's answer in the making: ids in, sure text out, and the reason it stops."""
-
-    def __init__(self, engine: Engine, options: Options, prompt_tokens: int, limit: int):
-        self.answer = Answer(prompt_tokens=prompt_tokens)
-        self.limit, self.cut = limit, limit < options.max_new_tokens
-        self.stop_ids, self.decode = engine.stop_ids, engine.processor.decode
-        self.stops = StopStrings([*engine.stop_strings, *options.stop])
-        self.stream = TextStream(self.decode)
-
-    def push(self, token: int) -> str:
-        """The piece of text that is sure after one more id; sets ``answer.reason`` when it was the last."""
-        answer = self.answer
-        if token in self.stop_ids:
-            answer.reason = "stop"
-            piece = self.stops.push(self.stream.flush())
-        else:
-            answer.ids.append(token)
-            piece = self.stops.push(self.stream.push(token))
-            if self.stops.found is None and len(answer.ids) >= self.limit:
-                answer.reason = "positions" if self.cut else "length"
-                piece += self.stops.push(self.stream.flush())
-        if self.stops.found is not None:
-            answer.reason = "stop_string"
-        elif answer.reason:
-            piece += self.stops.flush()
-        answer.text += piece
-        return piece
-
-    def ends(self, ids: Sequence[int]) -> bool:
-        """Whether an answer of these ids is complete (beam search asks it of every candidate)."""
-        if ids[-1] in self.stop_ids or len(ids) >= self.limit:
-            return True
-        if not self.stops.stops:
-            return False
-        text = self.decode(list(ids))
-        return any(stop in text for stop in self.stops.stops)
 
 
 def is_conversation(value: Sequence[Any]) -> bool:

@@ -24,6 +24,8 @@ class Sampling(Config):
     ``presence_penalty`` and ``frequency_penalty`` are OpenAI's: subtracted once, or for each time, that a token stands
     in the answer; ``repetition_penalty`` counts the prompt too. ``logit_bias`` maps ids to what is added to their
     logits. ``logprobs`` is how many of the best tokens are told beside each chosen one (0: the chosen only).
+    ``prompt_lookup`` is how many tokens may be guessed from what stands in prompt and answer: a greedy answer is then
+    the same and, where it repeats them, comes faster.
     """
 
     max_new_tokens: int = Field(128, ge=1)
@@ -40,6 +42,7 @@ class Sampling(Config):
     seed: int | None = None
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
+    prompt_lookup: int = Field(0, ge=0, le=15)
 
     @model_validator(mode="after")
     def _possible(self) -> Sampling:
@@ -61,6 +64,14 @@ class Options(Sampling):
     def _agrees(self) -> Options:
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(f"beam search takes no chances: num_beams={self.num_beams} needs temperature=0")
+        fields = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "ignore_eos", "min_tokens")
+        given = [
+            name
+            for name in fields
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
+        if self.num_beams > 1 and given:
+            raise ValueError(f"beam search (num_beams={self.num_beams}) does not know {', '.join(given)}: leave it out")
         if self.temperature == 0 and (self.top_k or self.top_p is not None or self.min_p):
             raise ValueError(
                 "top_k, top_p and min_p choose among sampled tokens: give a temperature above 0, or leave them out"
@@ -71,7 +82,7 @@ class Options(Sampling):
 class Sampler:
     """Chooses one token a row. ``seeds`` are the rows' own; they are drawn where the options give none."""
 
-    def __init__(self, options: Options, rows: int):
+    def __init__(self, options: Sampling, rows: int):
         self.options = options
         self.seeds = [fresh_seed() if options.seed is None else options.seed for _ in range(rows)]
         # Generators stay on the CPU: the same seed gives the same text on every device.
@@ -95,6 +106,8 @@ class Sampler:
             scores = keep_top_k(scores, self.options.top_k)
         if self.options.top_p is not None:
             scores = keep_top_p(scores, self.options.top_p)
+        if self.options.min_p:
+            scores = keep_min_p(scores, self.options.min_p)
         return scores
 
     def keep(self, rows: list[int]) -> None:
@@ -126,6 +139,12 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
     out = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     out[..., -1] = False  # the best token always stays
     return scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+
+
+def keep_min_p(scores: Tensor, p: float) -> Tensor:
+    """The tokens of each row ``[R, V]`` at least ``p`` times as likely as its best, minus infinity elsewhere."""
+    probabilities = scores.softmax(dim=-1)
+    return scores.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
 
 
 def invert(probabilities: Tensor, draws: Tensor) -> Tensor:

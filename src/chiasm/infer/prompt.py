@@ -1,0 +1,114 @@
+"""A prompt as the engine holds it: ids, media with the hashes of their contents, and hashes of its beginnings."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chiasm.types import Batch, Condition, MediaBatch
+
+
+@dataclass
+class Medium:
+    """One medium of a prompt. ``key`` is the SHA-256 of all that its vectors depend on but the model."""
+
+    kind: str
+    batch: MediaBatch  # this one item
+    slots: Tensor  # [N] positions in the prompt
+    key: bytes
+
+
+@dataclass
+class Prompt:
+    """One conversation, ready to be computed."""
+
+    name: str
+    ids: Tensor  # [T]
+    media: list[Medium]
+    batch: Batch  # the one row, as the processor made it
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def media_tokens(self) -> int:
+        """Positions that media take."""
+        return sum(len(medium.slots) for medium in self.media)
+
+
+def prompts_of(batch: Batch) -> list[Prompt]:
+    """The prompts of a batch padded on the left, in its order."""
+    rows, columns = batch.input_ids.shape
+    lengths = (batch.segment_ids != 0).sum(dim=1).tolist()
+    names = batch.ids or [str(row) for row in range(rows)]
+    prompts = [
+        Prompt(name, batch.input_ids[row, columns - lengths[row] :], [], batch) for row, name in enumerate(names)
+    ]
+    for kind, media in batch.media.items():
+        unit = slot = 0
+        for index, layout in enumerate(media.layouts):
+            row, count = media.owners[index], media.counts[index]
+            start = row * columns + columns - lengths[row]
+            slots = media.slots[slot : slot + count] - start
+            prompts[row].media.append(_medium(kind, media, index, unit, slots))
+            unit, slot = unit + layout.units, slot + count
+    return prompts
+
+
+def _medium(kind: str, media: MediaBatch, index: int, unit: int, slots: Tensor) -> Medium:
+    """Item ``index`` of the media of a kind, alone, with the hash of its pixels, layout and instruction."""
+    layout, count = media.layouts[index], media.counts[index]
+    inputs = media.inputs[unit : unit + layout.units]
+    if inputs.shape[1:] != layout.shape and len(inputs.shape) == len(layout.shape) + 1:
+        inputs = inputs[(slice(None), *(slice(size) for size in layout.shape))]  # ragged: without the others' padding
+    cond = None
+    if media.cond is not None:
+        cond = Condition(media.cond.ids[index : index + 1], media.cond.mask[index : index + 1])
+    alone = replace(
+        media,
+        **{"inputs": inputs, "layouts": [layout], "slots": torch.arange(count), "counts": [count], "owners": [0]},  # type: ignore[arg-type]
+        **{"keys": [], "given": [], "features": None, "cond": cond},  # type: ignore[arg-type]
+    )
+    digest = hashlib.sha256(repr((kind, layout, count, tuple(inputs.shape), str(inputs.dtype))).encode())
+    for tensor in (inputs, *(() if cond is None else (cond.ids, cond.mask))):
+        digest.update(_bytes(tensor))
+    return Medium(kind, alone, slots, digest.digest())
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.numel() else b""
+
+
+def chain(prompt: Prompt, block: int, seed: bytes, ids: Tensor | None = None) -> list[bytes]:
+    """The hash of each beginning of ``block``, ``2 * block`` ... positions: of its ids, its media's contents, ``seed``.
+
+    ``ids`` are those of the prompt with its answer, where that is remembered too.
+    """
+    ids = prompt.ids if ids is None else ids
+    keys: dict[int, list[bytes]] = {}
+    for medium in prompt.media:
+        for number in torch.div(medium.slots, block, rounding_mode="floor").unique().tolist():
+            inside = medium.slots[medium.slots // block == number]
+            keys.setdefault(number, []).append(medium.key + repr((medium.kind, inside.tolist())).encode())
+    found, digest = [], seed
+    for number in range(len(ids) // block):
+        part = ids[number * block : (number + 1) * block].contiguous()
+        digest = hashlib.sha256(b"\0".join([digest, part.numpy().tobytes(), *keys.get(number, [])])).digest()
+        found.append(digest)
+    return found
+
+
+def state_of(model: Any) -> bytes:
+    """A hash that changes when a parameter is replaced, moved or changed in place: what is remembered is then stale."""
+    digest = hashlib.sha256()
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        version = 0 if parameter.is_inference() else parameter._version
+        digest.update(repr((name, parameter.data_ptr(), version, str(parameter.dtype))).encode())
+    return digest.digest()
+
+
+__all__ = ["Medium", "Prompt", "chain", "prompts_of", "state_of"]
