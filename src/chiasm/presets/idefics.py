@@ -69,8 +69,8 @@ IDEFICS = System(
     stages=(MIX, SPEAK),
     differences=(
         "The added tokens (`<fake_token_around_image>`, `<image>`, in the instruct models `<end_of_utterance>`) are "
-        "the last rows of one table; transformers keeps them in tables of their own. A folder is read and written either "
-        "way.",
+        "the last rows of one table; transformers keeps them in tables of their own. A folder is read and written "
+        "either way.",
         "transformers cannot compute a loss for them (its labels crash where there are added tokens); here they are "
         "tokens like any other.",
         "A text after an end token and before the next picture sees none in transformers; here what follows an end "

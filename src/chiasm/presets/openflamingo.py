@@ -91,8 +91,8 @@ OPEN_FLAMINGO = System(
         LEAK,
         TOWER,
         EMBEDDING,
-        "A picture's text ends with `<|endofchunk|>`, which is learned and stops generation; the end-of-text token that "
-        "the reference writes after the last chunk of a training sample is left out.",
+        "A picture's text ends with `<|endofchunk|>`, which is learned and stops generation; the end-of-text token "
+        "that the reference writes after the last chunk of a training sample is left out.",
         "The text between a chunk's end and the next picture is a user's turn and not learned, as in the reference's "
         "masking of Multimodal C4.",
         "Keys and values of pictures are computed once for an answer; the reference computes them at every token.",

@@ -310,6 +310,8 @@ def kinds_of(model: Any, name: str) -> set[str] | None:
         return {kind for kind, stream in media.items() if stream.connector == own}
     if room == "encoders":
         return {kind for kind, stream in media.items() if own in stream.encoders}
+    if room == "cross":
+        return set(media)
     return None if not rest else set()  # a vector of the model's own, such as newline
 
 

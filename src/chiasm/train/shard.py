@@ -164,7 +164,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         for child in module.children():
             visit(child)
 
-    for room in ("encoders", "lm"):
+    for room in ("encoders", "cross", "lm"):
         if hasattr(model, room):
             visit(getattr(model, room))
     return found

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from chiasm.encoders.base import Encoder
-from chiasm.lm.base import LM
 from chiasm.train.recipe import Stage
 
 
@@ -41,11 +39,14 @@ def settle(model: nn.Module) -> None:
 
 
 def parts(model: nn.Module) -> list[Any]:
-    """The language model and the encoders."""
-    return [module for module in model.modules() if isinstance(module, (LM, Encoder))]
+    """The modules with blocks that can be computed again: language models, encoders, fusions with layers of their own."""
+    return [module for module in model.modules() if isinstance(getattr(module, "recompute", None), bool)]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of the language model and the encoders."""
-    lists = (child for part in parts(model) for child in part.modules() if isinstance(child, nn.ModuleList))
+    """The repeated blocks of the language model, the encoders, and of what stands between the layers of the first."""
+    between = [model.cross] if isinstance(getattr(model, "cross", None), nn.ModuleList) else []
+    lists = (
+        child for part in [*parts(model), *between] for child in part.modules() if isinstance(child, nn.ModuleList)
+    )
     return [block for found in lists if len({type(block) for block in found}) == 1 for block in found]

@@ -8,4 +8,5 @@ from chiasm.data.sources import nlvr as nlvr
 from chiasm.data.sources import parquet as parquet
 from chiasm.data.sources import photos as photos
 from chiasm.data.sources import playground as playground
+from chiasm.data.sources import shots as shots
 from chiasm.data.sources import webdataset as webdataset
