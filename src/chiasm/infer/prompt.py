@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chiasm.types import Batch, Condition, MediaBatch
+from chiasm.errors import DataError
+from chiasm.types import Batch, Condition, MediaBatch, Message, Piece
 
 
 @dataclass
@@ -57,6 +59,18 @@ def prompts_of(batch: Batch) -> list[Prompt]:
             prompts[row].media.append(_medium(kind, media, index, unit, slots))
             unit, slot = unit + layout.units, slot + count
     return prompts
+
+
+def continued(processor: Any, messages: Sequence[Message], name: str) -> Batch:
+    """The batch of one conversation whose last message is the beginning of the answer. Raises DataError."""
+    last = messages[-1] if messages else None
+    if last is None or last.role != "assistant" or last.media:
+        raise DataError(f"sample {name!r}: to be continued, the last message must be an assistant's, and text only")
+    sample = processor(list(messages[:-1]), name, add_generation_prompt=True)
+    begun = torch.tensor(processor.tokenizer.encode_pieces([Piece(last.text)]).ids, dtype=torch.long)
+    sample.input_ids = torch.cat((sample.input_ids, begun))
+    sample.loss_mask = torch.cat((sample.loss_mask, torch.zeros(len(begun), dtype=torch.bool)))
+    return processor.collate([sample], "left")  # type: ignore[no-any-return]
 
 
 def _medium(kind: str, media: MediaBatch, index: int, unit: int, slots: Tensor) -> Medium:
@@ -111,4 +125,4 @@ def state_of(model: Any) -> bytes:
     return digest.digest()
 
 
-__all__ = ["Medium", "Prompt", "chain", "prompts_of", "state_of"]
+__all__ = ["Medium", "Prompt", "chain", "continued", "prompts_of", "state_of"]

@@ -17,7 +17,7 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.infer.answer import Writer
 from chiasm.infer.engine import Engine
 from chiasm.infer.kept import Kept
-from chiasm.infer.prompt import Prompt, prompts_of, state_of
+from chiasm.infer.prompt import Prompt, continued, prompts_of, state_of
 from chiasm.infer.request import Finish, Handle, Piece, QueueFull, Request, Stopped, TokenLogprob
 from chiasm.infer.sampling import Options, Sampling
 from chiasm.infer.scheduler import Job, Scheduler
@@ -79,7 +79,7 @@ class Service:
         self._new: deque[Job] = deque()
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._stopping = self._dropping = False
         self._numbers = itertools.count()
         self._ended: dict[str, int] = {}
 
@@ -105,7 +105,7 @@ class Service:
         handle = Handle(request)
         vocab = int(self.vlm.model.lm.vocab)
         writer = Writer(self.vlm.processor, options, prompt.ids, limit, vocab, request.constraint, self._words)
-        job = Job(prompt, writer, handle.put, handle.end, lambda: handle.cancelled, request.salt)
+        job = Job(prompt, writer, handle.put, handle.end, lambda: handle.cancelled or self._dropping, request.salt)
         job.end = lambda finish: self._end(handle, finish)
         if self.scheduler.slots is None or not self.vlm.model.lm.steady(1, len(prompt) + limit):
             chosen = Options(max_new_tokens=limit)
@@ -127,9 +127,7 @@ class Service:
             self._news.notify_all()
         if self._thread is not None:
             self._thread.join(drain)
-            with self._news:
-                for job in [*self._new, *self.scheduler.jobs]:
-                    job.cancelled = lambda: True
+            self._dropping = True
             self._thread.join()
 
     def stats(self) -> dict[str, Any]:
@@ -174,10 +172,11 @@ class Service:
         if request.tools:
             raise DataError("this model's template renders no tools: leave them out", "tools")
         processor, name = self.vlm.processor, request.id or f"request-{next(self._numbers)}"
-        more = {"continue_final": True} if request.continue_final else {}
-        batch = processor.batch(
-            [list(request.messages)], ids=[name], add_generation_prompt=True, padding_side="left", **more
-        )
+        if request.continue_final:
+            batch = continued(processor, request.messages, name)
+        else:
+            conversation = [list(request.messages)]
+            batch = processor.batch(conversation, ids=[name], add_generation_prompt=True, padding_side="left")
         sampling = request.sampling
         run = self._engine.start(batch, Options(max_new_tokens=sampling.max_new_tokens))
         prompt, limit = prompts_of(batch)[0], run.limits[0]
