@@ -17,7 +17,8 @@ from rich.table import Table
 
 import chiasm
 from chiasm.data.base import Example
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, DataError
+from chiasm.eval.pairs import compare_pairs, compares
 from chiasm.eval.runner import Comparison, Ranks, compare, held_out, question
 from chiasm.processing.fingerprint import fingerprint
 from chiasm.report.run import Shown, StageReport, picture_urls, write_report
@@ -36,7 +37,7 @@ def evaluate_recipe(
     runs = 2 if spec.shuffled else 1
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"held-out answers ({len(examples)} examples)", total=runs * len(examples))
-        comparison = compare(
+        comparison = _compared(vlm, recipe, spec, examples, lambda _, step: progress.advance(task, step)) or compare(
             vlm,
             examples,
             spec.shuffled,
@@ -67,6 +68,13 @@ def evaluate_recipe(
     path = write_run_report(recipe, out, comparison, examples, spec.examples, receipt)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
     return comparison
+
+
+def _compared(vlm: Any, recipe: Any, spec: Any, examples: list[Example], advance: Any) -> Comparison | None:
+    """The evaluation of a model that compares pictures with texts, on every rank alike; None for one that answers."""
+    if not compares(vlm):
+        return None
+    return compare_pairs(vlm, examples, recipe.held_out, spec.shuffled, spec.batch_size, recipe.seed, advance)
 
 
 def write_run_report(
@@ -112,11 +120,19 @@ def choose(comparison: Comparison, examples: list[Example], most: int) -> list[S
             score=a.score,
             shuffled=other.get((a.source, a.id)),
             pictures=picture_urls(by_id[a.source, a.id]),
-            earlier=[(m.role, m.text) for m in question(by_id[a.source, a.id])[0][:-1]],
+            earlier=_earlier(by_id[a.source, a.id]),
         )
         for a in chosen
         if (a.source, a.id) in by_id
     ]
+
+
+def _earlier(example: Example) -> list[tuple[str, str]]:
+    """The turns before the question; none where there is no question (a picture and its text)."""
+    try:
+        return [(m.role, m.text) for m in question(example)[0][:-1]]
+    except DataError:
+        return []
 
 
 def results_table(comparison: Comparison) -> Table:

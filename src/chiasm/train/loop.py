@@ -272,7 +272,8 @@ class StageRun:
             self.model.eval()
             with forked(self.seed, "probe"):
                 record = self.probe()
-            self.log.write({"step": done, **record})
+            if record:  # without held-out data, nothing is known of an objective that the meter cannot read
+                self.log.write({"step": done, **record})
             set_modes(self.model)
         if self.stage.save_every and done % self.stage.save_every == 0 and done < self.steps:
             state = self.agree | {"held_out": record.get("held_out/loss"), "since": self.since.kept()}
