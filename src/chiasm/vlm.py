@@ -28,7 +28,7 @@ from chiasm.infer.look import Look, look
 from chiasm.infer.rank import By, Ranked, rank
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
-from chiasm.presets.checkpoint import Options, Reader
+from chiasm.presets.checkpoint import TENSORS, Options, Reader, table_of
 from chiasm.processing.processor import Processor, TokenizerLike
 
 
@@ -272,7 +272,7 @@ def load(
     if own.is_adapter(path):
         of_base = {"ignore_fingerprint": ignore_fingerprint, "template": template, "vision_tower": vision_tower}
         return registry.get("adapter", "folder")(path, None, dtype, device, allow_pickle=allow_pickle, **of_base)
-    values = read_json(path / "config.json")
+    values = table_of(path)
     if own.is_own(values):
         config, model, processor = own.load(
             path, values, as_dtype(dtype), device, ignore_fingerprint, allow_pickle=allow_pickle
@@ -291,7 +291,7 @@ def load(
 def read_config(folder: str | Path) -> VLMConfig:
     """The configuration of a folder of ours, of transformers or of the original LLaVA, without its weights."""
     path = Path(folder)
-    values = read_json(path / "config.json")
+    values = table_of(path)
     if own.is_own(values):
         return VLMConfig.parse(values, where=str(path / "config.json"))
     return reader_of(values, path).read(path, values, Options()).config
@@ -310,6 +310,8 @@ def reader_of(values: Any, path: Path) -> Reader:
     if len(found) == 1:
         return found[0]
     kind = values.get("model_type")
+    if TENSORS in values:
+        read_json(path / "config.json")  # which is missing: that is the fault
     if found:
         names = ", ".join(type(reader).__name__ for reader in found)
         raise CheckpointError(f"{path}: {names} each take this config.json (model_type {kind!r}) for theirs")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from chiasm.convert.io import refuse_program
 from chiasm.errors import CheckpointError
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "vocab.txt", "merges.txt"]
@@ -22,6 +23,7 @@ def local_folder(name: str | Path, revision: str | None = None, allow_pickle: bo
     if path.is_dir():
         return path
     if path.exists():
+        refuse_program(path)
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
         raise CheckpointError(f"there is no folder {str(name)!r}, and it is no hub name (owner/name) either")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,21 @@ def open_weights(path: str | Path, allow_pickle: bool = False) -> Weights:
     raise CheckpointError(f"{path} holds no weights: {WEIGHTS} (or {INDEX} and its shards) was expected")
 
 
+def refuse_program(path: Path) -> None:
+    """Raises CheckpointError where a file is a TorchScript archive: a program, which is never run."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        program = any("/code/" in name for name in archive.namelist())
+    if program:
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, a program with its weights, which is not run here; where you trust it, "
+            "save its tensors: python -c \"import torch, safetensors.torch as s; m = torch.jit.load('"
+            f"{path.name}', 'cpu'); s.save_file({{k: v.clone() for k, v in m.state_dict().items()}}, "
+            "'model.safetensors')\" and load the folder of that file, with bpe_simple_vocab_16e6.txt.gz beside it"
+        )
+
+
 def _single(path: Path) -> Weights:
     return Safetensors(str(path), [path])
 
@@ -210,6 +226,7 @@ def _open_pickles(origin: str, files: list[Path], allow_pickle: bool) -> Weights
         )
     tensors: dict[str, Tensor] = {}
     for file in files:
+        refuse_program(file)
         try:
             values = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle raises almost anything

@@ -23,6 +23,7 @@ from chiasm.presets import (
     llava_next,
     llava_onevision,
     openflamingo,
+    original_clip,
     original_llava,
 )
 from chiasm.presets.record import Preset
@@ -44,6 +45,7 @@ __all__ = [
     "llava_next",
     "llava_onevision",
     "openflamingo",
+    "original_clip",
     "original_llava",
     "preset",
     "presets",

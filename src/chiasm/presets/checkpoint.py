@@ -11,10 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from chiasm.convert.io import Weights
+from chiasm.convert.io import Weights, open_weights, read_json, refuse_program
 from chiasm.convert.rules import AnyRule
 from chiasm.errors import CheckpointError
 from chiasm.model_config import VLMConfig
+
+OPEN_CLIP = "open_clip_config.json"
+TENSORS = "tensors of a folder without a configuration"  # a key that no configuration file has
+
+
+def table_of(folder: Path) -> Any:
+    """What says what a folder is: ``config.json``, open_clip's table, or else the names of its tensors.
+
+    Raises CheckpointError where there is none of them.
+    """
+    for name in ("config.json", OPEN_CLIP):
+        if (folder / name).is_file():
+            return read_json(folder / name)
+    if any(folder.glob("*.safetensors")):
+        return {TENSORS: tuple(open_weights(folder).info)}
+    for archive in folder.glob("*.pt"):
+        refuse_program(archive)
+    return read_json(folder / "config.json")
 
 
 @dataclass(frozen=True)
