@@ -77,7 +77,7 @@ def on_ranks(folder: Path, name: str, accumulate: int, mode: str) -> list[dict]:
     return log_of(folder / "run", "contrastive" if name == "clip" else "sigmoid")
 
 
-@pytest.mark.parametrize(("name", "accumulate", "mode"), [("clip", 1, "replicate"), ("siglip", 2, "replicate")])
+@pytest.mark.parametrize(("name", "accumulate", "mode"), [("clip", 4, "shard"), ("siglip", 2, "replicate")])
 def test_two_ranks_take_the_steps_of_one(tmp_path, monkeypatch, name, accumulate, mode):
     monkeypatch.chdir(ROOT)
     alone = launch(1, on_ranks, tmp_path / "one", name, accumulate, "replicate")[0]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from chiasm.data.loader import Spec
@@ -67,6 +67,9 @@ class Shards(Ranks):
         fully_shard(run, mesh=self.mesh, mp_policy=policy, ignored_params=loose)
         for p in loose:
             p.data = p.data.to(self.device)
+        for name in ("embed_images", "embed_texts"):  # what two towers are run by, beside forward
+            if hasattr(run, name):
+                register_fsdp_forward_method(run, name)
         for module in run.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
