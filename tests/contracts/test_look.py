@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,9 @@ from chiasm.nn.cross_attention import CrossAttention
 from chiasm.nn.masks import causal
 from chiasm.nn.watch import shares
 from chiasm.processing.view import View
+from chiasm.report.inspection import walk
+from chiasm.report.inspection_page import write_page
+from chiasm.report.looking import overlay
 from chiasm.types import Count, Layout, Tokens
 
 SIZE, PATCH, DIM = 32, 4, 32
@@ -304,6 +308,30 @@ def test_query_attention_goes_on_to_the_patches():
     found = vlm.look(ask(picture((64, 64), box)), "A red square.", word=1)
     assert found.method == "attention"
     assert inside(found.heats[0], box) > 0.95
+
+
+def test_inspect_shows_it(tmp_path: Path):
+    connector = {"type": "qformer", "queries": 3, "dim": 16, "depth": 2, "heads": 2, "mlp": 16}
+    vlm = seer({"fit": "squash"}, {"type": "flat"}, connector)
+    vlm.generate = lambda *_, **__: "A red square."
+    messages = ask(picture((64, 32), (48, 8, 64, 24)))
+    found = walk(vlm, messages, looks=["red", None])
+    assert [look.title for look in found.looks] == ["red", "the whole answer"]
+    assert found.looks[0].picture.size == (64, 32) and "attention; picture 1: " in found.looks[0].note
+    stage = next(stage for stage in found.stages if stage.name == "image / queries")
+    assert stage.picture is not None and stage.picture.size == (SIZE, SIZE)
+    page = write_page(found, tmp_path / "page.html").read_text()
+    assert page.count("Where it looked") == 1 and "the whole answer" in page
+    plain = seer({"fit": "squash"}, {"type": "flat"})
+    assert not any(stage.name == "image / queries" for stage in walk(plain, messages, max_new_tokens=0).stages)
+
+
+def test_the_brightest_place_of_an_overlay_is_the_largest_value():
+    values = torch.zeros(4, 4)
+    values[1, 2] = 3.0
+    shown = overlay(Image.new("RGB", (400, 200), (0, 120, 0)), values)
+    assert shown.size == (320, 160)
+    assert shown.getpixel((200, 60))[0] > 200 and shown.getpixel((10, 10))[0] < 40
 
 
 def test_painting_keeps_the_sum_and_the_place():

@@ -22,6 +22,9 @@ from chiasm.cli.options import MODEL, loading, open_model, parts, user_message
 @click.option(
     "--html", default="inspect.html", show_default=True, type=click.Path(path_type=Path), help="Where the page goes."
 )
+@click.option(
+    "--look", "looks", multiple=True, help="Also where it looked for this word of its answer; * is all of it."
+)
 @loading
 def command(
     model: str,
@@ -30,6 +33,7 @@ def command(
     index: int,
     held_out: bool,
     html: Path,
+    looks: tuple[str, ...],
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
@@ -48,7 +52,8 @@ def command(
         pictures, question = parts(words)
         if question is None:
             raise click.UsageError(f"{len(pictures)} pictures and no question; add the question in quotes")
-        found = walk(vlm, [user_message(pictures, question)], name=question)
+        asked = [None if word == "*" else word for word in looks]
+        found = walk(vlm, [user_message(pictures, question)], name=question, looks=asked)
     else:
         from chiasm.data.mixture import Mixture
         from chiasm.errors import DataError

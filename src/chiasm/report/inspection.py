@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from chiasm.report.looking import Looked, by_queries, looked
 from chiasm.types import MediaItem, Sample, Tokens
 
 if TYPE_CHECKING:
@@ -60,15 +61,23 @@ class Walk:
     candidates: list[tuple[str, float]]  # the likeliest next tokens with their probabilities
     answer: str = ""
     counts: dict[str, int] = field(default_factory=dict)
+    looks: list[Looked] = field(default_factory=list)  # where it looked when it wrote the answer
 
 
 def walk(
-    vlm: VLM, messages: Sequence[Any], *, train: bool = False, max_new_tokens: int = 32, name: str = "sample"
+    vlm: VLM,
+    messages: Sequence[Any],
+    *,
+    train: bool = False,
+    max_new_tokens: int = 32,
+    name: str = "sample",
+    looks: Sequence[str | int | None] = (),
 ) -> Walk:
     """Render ``messages``, run the model once and keep every stage.
 
     ``train`` renders the conversation as training sees it (answers included, targets marked); otherwise the prompt for
-    the next answer, which is then generated (``max_new_tokens`` 0: not). Raises what rendering raises.
+    the next answer, which is then generated (``max_new_tokens`` 0: not). ``looks``: words of that answer (None: all of
+    it) for which it is told where the model looked. Raises what rendering and looking raise.
     """
     sample = vlm.processor(messages, id=name, add_generation_prompt=not train, train=train)
     batch = vlm.processor.collate([sample])
@@ -77,18 +86,22 @@ def walk(
     model.eval()
     try:
         with torch.inference_mode():
-            output = model(batch.to(model.device, model.dtype), logits="last")
+            batch = batch.to(model.device, model.dtype)
+            output = model(batch, logits="last")
     finally:
         model.train(was_training)
     tokens = token_rows(vlm, sample)
+    units = [unit for i, item in enumerate(sample.media) for unit in _units(vlm, i, item)]
+    answer = "" if train or not max_new_tokens else vlm.generate(list(messages), max_new_tokens=max_new_tokens)
     return Walk(
         title=name,
         tokens=tokens,
         media=[_medium_line(i, item) for i, item in enumerate(sample.media)],
-        units=[unit for i, item in enumerate(sample.media) for unit in _units(vlm, i, item)],
-        stages=_stages(vlm, sample, output),
+        units=units,
+        stages=_stages(vlm, sample, output, by_queries(vlm, batch, output.named, units)),
         candidates=_candidates(vlm, output.logits[0]),
-        answer="" if train or not max_new_tokens else vlm.generate(list(messages), max_new_tokens=max_new_tokens),
+        answer=answer,
+        looks=looked(vlm, messages, answer, looks) if looks and answer.strip() else [],
         counts={
             "tokens": len(sample),
             "text tokens": sum(row.medium is None for row in tokens),
@@ -131,7 +144,7 @@ def _units(vlm: VLM, medium: int, item: MediaItem) -> list[Unit]:
     return [Unit(medium, i, Image.fromarray(unit.permute(1, 2, 0).numpy())) for i, unit in enumerate(pixels)]
 
 
-def _stages(vlm: VLM, sample: Sample, output: Any) -> list[Stage]:
+def _stages(vlm: VLM, sample: Sample, output: Any, queries: dict[str, Image.Image]) -> list[Stage]:
     stages = [
         Stage("input_ids", f"[T={len(sample)}]", "the rendered conversation as token ids; media hold their slots")
     ]
@@ -146,6 +159,9 @@ def _stages(vlm: VLM, sample: Sample, output: Any) -> list[Stage]:
         )
     for kind in dict.fromkeys(item.kind for item in sample.media):
         stages += _medium_stages(kind, output.named)
+        if kind in queries:
+            what = "where the connector's queries look in the first unit, the mean of all"
+            stages.append(Stage(f"{kind} / queries", "[rows, columns]", what, "", queries[kind]))
     hidden = output.hidden
     stages.append(
         Stage(
@@ -221,8 +237,8 @@ def _stats(x: Tensor) -> str:
 
 def _colours(tokens: Tokens, scale: int = 8) -> Image.Image | None:
     """The first unit's grid, each vector coloured by its first three principal components."""
-    if tokens.grid is None or tokens.grid[0] * tokens.grid[1] != tokens.x.shape[1] or tokens.x.shape[1] < 4:
-        return None
+    if tokens.grid is None or tokens.grid[0] * tokens.grid[1] != tokens.x.shape[1] or min(tokens.x.shape[1:]) < 3:
+        return None  # no grid, or no three directions
     x = tokens.x[0].float()
     x = x - x.mean(0)
     _, _, v = torch.linalg.svd(x, full_matrices=False)
