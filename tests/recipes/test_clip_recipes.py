@@ -51,6 +51,14 @@ def test_the_playground_recipe_is_evaluated(tmp_path, monkeypatch):
     assert "which of 48 labels" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.data
+def test_small_images(tmp_path, monkeypatch, shared_data):
+    monkeypatch.chdir(ROOT)
+    tiny("clip-small-images", tmp_path)
+    rows = {row["task"]: row for row in json.loads((tmp_path / "results.json").read_text())["table"]}
+    assert rows["digits: 10 labels"]["n"] == rows["clothes: 10 labels"]["n"] == 20
+
+
 def test_published_numbers():
     clip, siglip = (load_recipe(ROOT / "recipes" / f"{n}.yaml") for n in ("clip", "siglip"))
     for recipe in (clip, siglip):

@@ -2,6 +2,7 @@
 
 from chiasm.data.sources import chat_formats as chat_formats
 from chiasm.data.sources import hf_dataset as hf_dataset
+from chiasm.data.sources import labelled as labelled
 from chiasm.data.sources import llava_json as llava_json
 from chiasm.data.sources import messages as messages
 from chiasm.data.sources import nlvr as nlvr
