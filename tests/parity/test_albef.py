@@ -213,6 +213,7 @@ def test_the_follower_and_the_queues() -> None:
     assert not torch.equal(old, model.text_queue)
     assert {name.partition(".")[0] for name in model.moving()} == {
         "follower",
+        "followed",
         "image_queue",
         "text_queue",
         "queue_place",

@@ -196,6 +196,7 @@ class ALBEF(PairModel):
     image_queue: Tensor  # [Q, E]
     text_queue: Tensor
     queue_place: Tensor  # [1], where the next vectors go
+    followed: Tensor  # [1], how many steps the follower has made in this stage; not saved with the model
 
     def __init__(self, config: Config):
         super().__init__()
@@ -218,6 +219,7 @@ class ALBEF(PairModel):
                 queue = F.normalize(torch.randn(c.momentum.queue, c.contrast), dim=-1)  # [Q, E]
                 self.register_buffer(f"{kind}_queue", queue)
             self.register_buffer("queue_place", torch.zeros(1, dtype=torch.long))
+            self.register_buffer("followed", torch.zeros(1), persistent=False)
 
     @classmethod
     def compose(cls, config: Config) -> ALBEF:
@@ -310,6 +312,7 @@ class ALBEF(PairModel):
     @torch.no_grad()
     def follow(self) -> None:
         """The copies take a step towards the model."""
+        self.followed += 1
         assert self.follower is not None and self.config.momentum is not None
         own, copies = list(self.body.parameters()), _unique(self.follower.buffers())
         torch._foreach_lerp_(

@@ -2,8 +2,8 @@
 
 A folder ``step-000200`` holds ``weights.safetensors`` (the float32 masters of what is trained),
 ``optimizer.safetensors`` (their moments, and the states of all random generators) and ``state.json`` (the step, which
-is also the place in the data, and what a run must agree with to go on from here). What is frozen is not written, only a
-mark of it that tells another model.
+is also the place in the data, and what a run must agree with to go on from here). ``buffers.safetensors`` holds what
+changes without being learned. What is frozen is not written, only a mark of it that tells another model.
 
 Several ranks write one folder. With ``parallel: replicate`` its files are those of one process; with ``shard`` a folder
 ``pieces`` in torch's distributed format takes the place of the two. Either is read by any number of ranks, in either
@@ -27,6 +27,7 @@ from chiasm.data import randomness
 from chiasm.errors import CheckpointError
 from chiasm.train.distributed import ALONE, Alone, like
 from chiasm.train.optim import Masters
+from chiasm.train.proof import moving
 
 
 def save(
@@ -56,6 +57,7 @@ def save(
     if ranks.first:
         if not ranks.sharded:
             _write(aside, masters, optimizer, generators[0])
+        _write_buffers(aside / "buffers.safetensors", masters.model)
         if ranks.count > 1:
             each = {f"{rank}/{key}": value for rank, found in enumerate(generators) for key, value in found.items()}
             save_file(each, aside / "generators.safetensors")
@@ -143,6 +145,7 @@ def restore(
     else:
         _read(path, masters, optimizer)
     masters.publish()
+    _read_buffers(path / "buffers.safetensors", masters.model)
     each = path / "generators.safetensors"
     if each.is_file():
         mark = f"{ranks.rank}/"
@@ -170,6 +173,26 @@ def _read(path: Path, masters: Masters, optimizer: torch.optim.Optimizer) -> Non
             kept = {k.rpartition("/")[2]: v for k, v in moments.items() if k.rpartition("/")[0] == name}
             if kept:
                 optimizer.state[p] = {k: placed(k, v, p) for k, v in kept.items()}
+
+
+def _write_buffers(path: Path, model: nn.Module) -> None:
+    """Saved buffers, and those that the model says move; tables that a part computes when it is built are not written.
+
+    Names that share a tensor each get their own copy.
+    """
+    wanted = set(model.state_dict(keep_vars=True)) | set(moving(model))
+    found = {n: b.detach().cpu().clone() for n, b in model.named_buffers(remove_duplicate=False) if n in wanted}
+    if found:
+        save_file(found, path)
+
+
+@torch.no_grad()
+def _read_buffers(path: Path, model: nn.Module) -> None:
+    """What training changes though nothing learns it: momentum copies, queues, running statistics."""
+    saved = load_file(path) if path.is_file() else {}
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer.copy_(saved[name])
 
 
 def digest(model: nn.Module, plan_rates: dict[str, float | None]) -> str:
