@@ -65,6 +65,7 @@ CONNECTORS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "mqt": ({"type": "mqt", "queries": 9, "use": 4, "heads": 2}, {"image": 8}),
     "multiscale": ({"type": "multiscale", "queries": 3, "strides": [2, 1], "body": TINY_BODY}, {"image": 6}),
     "resampler": ({"type": "resampler", "queries": 3, "depth": 2, "heads": 2, "head_dim": 4}, {"image": 8}),
+    "resampler/times": ({"type": "resampler", "queries": 3, "depth": 1, "frames": 1, "head_norm": True}, {"image": 8}),
     "qformer": ({"type": "qformer", "queries": 3, "dim": 16, "depth": 3, "heads": 2, "mlp": 20}, {"image": 6}),
 }
 

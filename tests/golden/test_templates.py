@@ -10,6 +10,7 @@ from tokenizer_kit import Dot, count_dot
 
 from chiasm.errors import ConfigError, DataError
 from chiasm.processing.processor import ProcessingConfig, Processor, trained_text
+from chiasm.processing.template import TurnsTemplate
 from chiasm.processing.templates import TEMPLATES
 from chiasm.types import Message, Text
 
@@ -114,9 +115,35 @@ def test_blip_prompts(name: str, expected: str, tokenizers: dict) -> None:
     assert processor(name, tokenizers["llama"]).prompt(messages, add_generation_prompt=False) == expected
 
 
+FAKE = "<fake_token_around_image>"
+SHOTS = (
+    Message("user", (Dot(1), Text("Output:"))),
+    Message("assistant", (Text("A1"),)),
+    Message("user", (Text("between"), Dot(1), Dot(1), Text("Output:"))),
+)
+FLAMINGO = {  # texts, pictures side by side, and an answer before: what stands between pictures is never learned
+    "openflamingo": "<image>Output:⟦A1<|endofchunk|>⟧between<image><image>Output:",
+    "idefics": f"User:{FAKE}<image>{FAKE}Output:\nAssistant:⟦ A1\n⟧"
+    f"User:between{FAKE}<image>{FAKE}<image>{FAKE}Output:\nAssistant:",
+    "idefics_instruct": f"User:{FAKE}<image>{FAKE}Output:<end_of_utterance>\nAssistant:⟦ A1<end_of_utterance>⟧\n"
+    f"User:between{FAKE}<image>{FAKE}<image>{FAKE}Output:<end_of_utterance>\nAssistant:",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), FLAMINGO.items())
+def test_flamingo_prompts(name: str, expected: str) -> None:
+    """As OpenFlamingo's evaluation and the examples of Idefics' processor write them; learned is between ⟦ and ⟧."""
+    made = TurnsTemplate(TEMPLATES[name], {}, {"dot": "<image>"})
+    text = ""
+    for piece in made.render(SHOTS, True, "here"):
+        text += f"⟦{piece.text}⟧" if piece.train and piece.text else piece.text
+    assert text.replace("⟧⟦", "") == expected
+    assert {token for token in (FAKE, "<|endofchunk|>", "<end_of_utterance>") if token in expected} == {*made.controls}
+
+
 def test_every_template_is_covered() -> None:
     assert TEMPLATES.keys() - STRINGS.keys() == {
-        *(*BLIP, "blip2_caption"),
+        *(*BLIP, *FLAMINGO, "blip2_caption"),
         *("v0_mmtag", "v1_mmtag", "plain", "simple", "bare"),
     }
 
@@ -131,7 +158,7 @@ def test_labels(name: str, tokenizer: str, tokenizers: dict) -> None:
         assert all(repr(token) in str(error.value) for token in lacking)
         return
     made = processor(name, own)
-    writes_bos = "{bos}" in TEMPLATES[name].between + TEMPLATES[name].media_suffix
+    writes_bos = "{bos}" in TEMPLATES[name].between + TEMPLATES[name].opening
     if "bos_token" not in own.tokens and writes_bos:
         with pytest.raises(ConfigError, match="bos token, which it does not have"):
             made(turns(2, NASTY), "s")

@@ -38,7 +38,7 @@ def start(recipe):
 
 
 def test_frozen_stand_still_and_the_rest_is_proved(done):
-    recipe, before, vlm, out = done
+    _, before, vlm, out = done
     proof = json.loads((out / "mix" / "proof.json").read_text())
     assert proof["verdict"] == "proved" and proof["open"] == {}
     parts = {(p["part"], p["plan"]): p for p in proof["parts"]}
@@ -57,7 +57,7 @@ def test_frozen_stand_still_and_the_rest_is_proved(done):
 
 
 def test_saved_loaded_and_asked(done):
-    recipe, _, vlm, out = done
+    _, _, vlm, out = done
     again = chiasm.load(out / "model")
     mine, theirs = vlm.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)

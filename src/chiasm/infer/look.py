@@ -197,7 +197,7 @@ def _bare(text: str) -> str:
 @torch.no_grad()
 def attended(model: Any, batch: Batch, read: Read, word: Word, last: int | None) -> list[Found] | None:
     """The attention of the positions that write ``word``, on each medium. None where the model does not tell."""
-    if not isinstance(model, Splice) or read.decoder:
+    if not isinstance(model, Splice) or model.config.type != "splice" or read.decoder:
         return None
     named: dict[str, Any] = {}
     x = model.splice(batch, named)  # [1, T, D]

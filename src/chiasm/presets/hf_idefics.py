@@ -156,24 +156,7 @@ def model_of(c: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: not supported: {'; '.join(lost)}")
     return {
         "type": "cross_attention",
-        "encoders": {
-            "image": {
-                "type": "vit",
-                "image_size": v["image_size"],
-                "patch": v["patch_size"],
-                "dim": v.get("hidden_size", v["embed_dim"]),
-                "depth": v["num_hidden_layers"],
-                "heads": v["num_attention_heads"],
-                "mlp": v["intermediate_size"],
-                "channels": v["num_channels"],
-                "activation": v["hidden_act"],
-                "norm_eps": v["layer_norm_eps"],
-                "patch_bias": False,
-                "pre_norm": True,
-                "post_norm": "unused",
-                "select": "cls_patch",
-            }
-        },
+        "encoders": {"image": tower_of(v)},
         "connectors": {
             "image": {
                 "type": "resampler",
@@ -200,6 +183,26 @@ def model_of(c: Mapping[str, Any], where: str) -> dict[str, Any]:
             "gate": {"float": "scalar", "vector": "vector"}[c["alpha_type"]],
         },
         "attend": "last",
+    }
+
+
+def tower_of(v: Mapping[str, Any]) -> dict[str, Any]:
+    """A completed ``vision_config`` as ``vit``: CLIP's, read before its last norm with its class vector."""
+    return {
+        "type": "vit",
+        "image_size": v["image_size"],
+        "patch": v["patch_size"],
+        "dim": v.get("hidden_size", v["embed_dim"]),
+        "depth": v["num_hidden_layers"],
+        "heads": v["num_attention_heads"],
+        "mlp": v["intermediate_size"],
+        "channels": v["num_channels"],
+        "activation": v["hidden_act"],
+        "norm_eps": v["layer_norm_eps"],
+        "patch_bias": False,
+        "pre_norm": True,
+        "post_norm": "unused",
+        "select": "cls_patch",
     }
 
 

@@ -225,7 +225,11 @@ def write_lm(config: PartConfig) -> tuple[dict[str, Any], list[AnyRule]]:
         return found
     if not isinstance(config, Decoder.Config):
         raise CheckpointError(f"a language model of type {config.type!r} has no counterpart in transformers")
-    c = config
+    return _write_decoder(config)
+
+
+def _write_decoder(c: Decoder.Config) -> tuple[dict[str, Any], list[AnyRule]]:
+    """Which of transformers' classes a decoder is, its configuration and its rules."""
     if c.rotary_share != 1:
         kind = "phi3"
     elif c.qk_norm:
@@ -277,7 +281,7 @@ def write_lm(config: PartConfig) -> tuple[dict[str, Any], list[AnyRule]]:
         values["rope_scaling"] = {"rope_type": c.rope_scaling.type, **scaling}
         if kind == "phi3":
             values["original_max_position_embeddings"] = c.rope_scaling.original_max_position_embeddings
-    return values, lm_rules(kind, config)
+    return values, lm_rules(kind, c)
 
 
 # ----------------------------------------------------------------------------------------------------------- towers

@@ -80,9 +80,10 @@ def _chatml(system: str | None, newline: str, **changes: Any) -> TurnsConfig:
     )
 
 
+_FAKE = "<fake_token_around_image>"
 _AROUND: dict[str, Any] = {
     "media_at": "inline",
-    "media_wrap": ("<fake_token_around_image>", "<fake_token_around_image>"),
+    "media_wrap": (_FAKE, _FAKE),
     "media_suffix": "",
     "share_wrap": True,
 }
@@ -135,10 +136,10 @@ TEMPLATES: dict[str, TurnsConfig] = {
     "simple": TurnsConfig(
         user_turn=Turn(prefix="Q: ", suffix="\n"), answer=Answer(prompt="A:", lead=" ", end="{eos}"), between="\n"
     ),
-    # BLIP-2: the picture stands before the token that opens OPT's text, and a line break ends an answer. Prompts are
-    # the user's: "Question: ... Short answer:".
-    "blip2_opt": TurnsConfig(answer=Answer(end="\n"), media_suffix="{bos}"),
-    "instructblip": TurnsConfig(answer=Answer(lead=" ", end="{eos}"), media_suffix="{bos}"),
+    # BLIP-2: pictures stand before the token that opens the text, with or without them; a line break ends an answer
+    # of OPT. Prompts are the user's: "Question: ... Short answer:".
+    "blip2_opt": TurnsConfig(answer=Answer(end="\n"), media_suffix="", opening="{bos}"),
+    "instructblip": TurnsConfig(answer=Answer(lead=" ", end="{eos}"), media_suffix="", opening="{bos}"),
     "blip2_t5": TurnsConfig(answer=Answer(end="{eos}"), media_suffix=""),
     # OpenFlamingo: a picture, its text, the token that ends the chunk; shots are turns that follow each other. Prompts
     # are the user's: "Output:" after the picture for captions, "Question:... Short answer:" for questions.
@@ -147,12 +148,15 @@ TEMPLATES: dict[str, TurnsConfig] = {
     ),
     # Idefics: as the examples of transformers write prompts. A text that opens a turn brings its own space.
     "idefics": TurnsConfig(
-        user_turn=Turn(prefix="User:", suffix="\n"), answer=Answer(prompt="Assistant:", lead=" ", end="\n"), **_AROUND
+        user_turn=Turn(prefix="User:", suffix="\n"),
+        answer=Answer(prompt="Assistant:", lead=" ", end="\n"),
+        controls=(_FAKE,),
+        **_AROUND,
     ),
     "idefics_instruct": TurnsConfig(
         user_turn=Turn(prefix="User:", suffix="<end_of_utterance>\n"),
         answer=Answer(prompt="Assistant:", lead=" ", end="<end_of_utterance>", after="\n"),
-        controls=("<end_of_utterance>",),
+        controls=(_FAKE, "<end_of_utterance>"),
         **_AROUND,
     ),
     # BLIP-2's first stage, of which BERT reads the captions: the picture stands beside the text.
