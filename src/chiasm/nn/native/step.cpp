@@ -3,10 +3,14 @@
 // It computes what `chiasm.lm.decoder` computes for positions whose earlier keys and values are cached; the sum of the
 // residual stream, norms, softmax and scores are float32 whatever the weights are. Rows may belong to different slots,
 // or be consecutive positions of one (a guessed continuation, or the end of a prompt). All threads walk through the
-// layers together; each computes its share of every matrix's outputs, so a layer has five meetings.
+// layers together. Each stage is cut into a few parts that threads take as they come, and is over when all parts are
+// done: a thread that the system keeps from running holds up at most the part that it has.
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
 
 #include "matrix.h"
 
@@ -145,6 +149,17 @@ struct Work {
     std::vector<float> scratch, shares;
   };
   std::vector<Own> own;  // of each thread
+
+  struct alignas(64) Stage {
+    std::atomic<int64_t> taken{0}, done{0};
+  };
+  std::unique_ptr<Stage[]> stages;
+  int64_t stage_count = 0;
+
+  void begin(int64_t count) {
+    if (stage_count < count) stages.reset(new Stage[count]), stage_count = count;
+    for (int64_t i = 0; i < count; i++) stages[i].taken = 0, stages[i].done = 0;
+  }
 };
 
 enum Place { INTO_HEADS, INTO_OUT, INTO_MLP, INTO_DOWN };
@@ -157,21 +172,38 @@ struct Step {
 
   static int64_t part(int64_t n, int64_t i, int64_t of) { return n * i / of; }
 
-  // The rows [m, k] at `x`, normed where `weight` is given, in the form that `w` is multiplied with. A few rows are
-  // prepared by every thread for itself, which costs less than a meeting.
-  Rows& prepared(Place place, const float* x, int64_t k, const float* weight, const Matrix& w, int thread, int threads) {
+  // Part `i` of `parts` for every part of stage number `stage`, by whichever threads come.
+  template <class Do>
+  void all(int64_t stage, int64_t parts, Do part) {
+    Work::Stage& s = work.stages[stage];
+    for (int64_t i = s.taken.fetch_add(1); i < parts; i = s.taken.fetch_add(1)) {
+      part(i);
+      s.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int waited = 0; s.done.load(std::memory_order_acquire) < parts; waited++)
+      if (waited > 4000) std::this_thread::yield();
+  }
+
+  // The same for a product: `part(rows, i, parts)` gets the rows [m, k] at `x`, normed where `weight` is given, in the
+  // form that `w` is multiplied with. A few rows are prepared by every thread for itself, which costs less than a stage.
+  template <class Do>
+  void product(int64_t stage, Place place, const float* x, int64_t k, const float* weight, const Matrix& w, int thread,
+               int64_t parts, Do part) {
     const bool alone = m <= 2;
     Rows& rows = alone ? work.own[thread].rows[place][w.kind] : work.shared[place][w.kind];
-    float* scratch = work.own[thread].scratch.data();
-    for (int64_t row = alone ? 0 : thread; row < m; row += alone ? 1 : threads) {
+    const auto set = [&](int64_t row) {
       const float* from = x + row * k;
+      float* scratch = work.own[thread].scratch.data();
       if (weight) normed(from, weight, d.eps, k, scratch), from = scratch;
       rows.set(row, from, w.kind);
-    }
-    if (!alone) {
-#pragma omp barrier
-    }
-    return rows;
+    };
+    bool ready = !alone;
+    if (!alone) all(stage, m, set);
+    all(stage + 1, parts, [&](int64_t i) {
+      for (int64_t row = 0; !ready && row < m; row++) set(row);
+      ready = true;
+      part(rows, i, parts);
+    });
   }
 
   void shape(Place place, int64_t k, const Matrix& w, int threads) {
@@ -179,26 +211,24 @@ struct Step {
     for (int i = 0; m <= 2 && i < threads; i++) work.own[i].rows[place][w.kind].shape(m, k, w.kind);
   }
 
-  void heads_of(const Layer& layer, const Rows& rows, int thread, int threads) {
-    const int64_t all = d.heads + 2 * d.kv_heads, width = d.width;
+  void heads_of(const Layer& layer, const Rows& rows, int thread, int64_t unit) {
+    const int64_t width = d.width;
     float* into = work.own[thread].scratch.data();  // [m, width]
-    for (int64_t unit = part(all, thread, threads); unit < part(all, thread + 1, threads); unit++) {
-      const bool query = unit < d.heads, key = !query && unit < d.heads + d.kv_heads;
-      const int64_t head = query ? unit : key ? unit - d.heads : unit - d.heads - d.kv_heads;
-      const Matrix& w = query ? layer.q : key ? layer.k : layer.v;
-      const int64_t first = head * width;
-      multiply(w, rows, first, first + width, 0, m,
-               [&](int64_t row, int64_t n, float value) { into[row * width + n - first] = value; });
-      for (int64_t row = 0; row < m; row++) {
-        float* x = into + row * width;
-        const float* norm = query ? layer.q_norm : key ? layer.k_norm : nullptr;
-        if (norm) normed(x, norm, d.eps, width, x);
-        if (query || key) turned(x, work.turns.data() + row * d.rotary, d.rotary);
-        if (query)
-          std::memcpy(work.q.data() + (row * d.heads + head) * width, x, width * sizeof(float));
-        else
-          keep(key ? layer.keys : layer.values, row, head, x);
-      }
+    const bool query = unit < d.heads, key = !query && unit < d.heads + d.kv_heads;
+    const int64_t head = query ? unit : key ? unit - d.heads : unit - d.heads - d.kv_heads;
+    const Matrix& w = query ? layer.q : key ? layer.k : layer.v;
+    const int64_t first = head * width;
+    multiply(w, rows, first, first + width, 0, m,
+             [&](int64_t row, int64_t n, float value) { into[row * width + n - first] = value; });
+    for (int64_t row = 0; row < m; row++) {
+      float* x = into + row * width;
+      const float* norm = query ? layer.q_norm : key ? layer.k_norm : nullptr;
+      if (norm) normed(x, norm, d.eps, width, x);
+      if (query || key) turned(x, work.turns.data() + row * d.rotary, d.rotary);
+      if (query)
+        std::memcpy(work.q.data() + (row * d.heads + head) * width, x, width * sizeof(float));
+      else
+        keep(key ? layer.keys : layer.values, row, head, x);
     }
   }
 
@@ -214,10 +244,10 @@ struct Step {
       for (int64_t i = 0; i < d.width; i++) ((uint16_t*)cache)[at + i] = narrowed(x[i]);
   }
 
-  void attention(const Layer& layer, int thread, int threads) {
-    const int64_t group = d.heads / d.kv_heads, all = m * d.heads;
+  void attention(const Layer& layer, int thread, int64_t i, int64_t parts) {
+    const int64_t group = d.heads / d.kv_heads, items = m * d.heads;
     float* shares = work.own[thread].shares.data();
-    for (int64_t item = part(all, thread, threads); item < part(all, thread + 1, threads); item++) {
+    for (int64_t item = part(items, i, parts); item < part(items, i + 1, parts); item++) {
       const int64_t row = item / d.heads, head = item % d.heads, end = positions[row] + 1;
       const int64_t begin = d.window && end > d.window ? end - d.window : 0;
       const int64_t at = place(row, head / group, begin);
@@ -230,16 +260,16 @@ struct Step {
     }
   }
 
-  void add(const Matrix& w, const Rows& rows, int thread, int threads) {
+  void add(const Matrix& w, const Rows& rows, int64_t i, int64_t parts) {
     float* x = work.x.data();
-    multiply(w, rows, part(w.n, thread, threads), part(w.n, thread + 1, threads), 0, m,
+    multiply(w, rows, part(w.n, i, parts), part(w.n, i + 1, parts), 0, m,
              [&](int64_t row, int64_t n, float value) { x[row * d.dim + n] += value; });
   }
 
-  void gated(const Layer& layer, const Rows& rows, int thread, int threads) {
+  void gated(const Layer& layer, const Rows& rows, int64_t i, int64_t parts) {
     const int64_t blocks = (d.mlp + 15) / 16, ends = d.mlp;
     float* inner = work.inner.data();
-    for (int64_t b = part(blocks, thread, threads); b < part(blocks, thread + 1, threads); b++) {
+    for (int64_t b = part(blocks, i, parts); b < part(blocks, i + 1, parts); b++) {
       const int64_t first = b * 16, last = std::min(first + 16, ends);
       multiply(layer.gate, rows, first, last, 0, m,
                [&](int64_t row, int64_t n, float value) { inner[row * d.mlp + n] = activated(value, d.activation); });
@@ -256,34 +286,36 @@ struct Step {
       shape(INTO_DOWN, d.mlp, d.layers[l].down, threads);
     }
     Rows& ends = work.shared[INTO_HEADS][d.head.kind];
+    ends.shape(std::max(m, count), d.dim, d.head.kind);
+    work.begin(d.depth * 9 + 2);
+    const int64_t few = 4 * threads, units = d.heads + 2 * d.kv_heads, width = d.heads * d.width, n = d.head.n;
 #pragma omp parallel num_threads(threads)
     {
-      const int t = omp_get_thread_num(), all = omp_get_num_threads();
-      for (int64_t l = 0; l < d.depth; l++) {
+      const int t = omp_get_thread_num();
+      int64_t stage = 0;
+      for (int64_t l = 0; l < d.depth; l++, stage += 9) {
         const Layer& layer = d.layers[l];
-        heads_of(layer, prepared(INTO_HEADS, work.x.data(), d.dim, layer.attn_norm, layer.q, t, all), t, all);
-#pragma omp barrier
-        attention(layer, t, all);
-#pragma omp barrier
-        add(layer.o, prepared(INTO_OUT, work.mixed.data(), d.heads * d.width, nullptr, layer.o, t, all), t, all);
-#pragma omp barrier
-        gated(layer, prepared(INTO_MLP, work.x.data(), d.dim, layer.mlp_norm, layer.gate, t, all), t, all);
-#pragma omp barrier
-        add(layer.down, prepared(INTO_DOWN, work.inner.data(), d.mlp, nullptr, layer.down, t, all), t, all);
-#pragma omp barrier
+        const auto sum = [&](const Matrix& w) {
+          return [&](const Rows& rows, int64_t i, int64_t parts) { add(w, rows, i, parts); };
+        };
+        product(stage, INTO_HEADS, work.x.data(), d.dim, layer.attn_norm, layer.q, t, units,
+                [&](const Rows& rows, int64_t i, int64_t) { heads_of(layer, rows, t, i); });
+        const int64_t items = std::min(m * d.heads, few);
+        all(stage + 2, items, [&](int64_t i) { attention(layer, t, i, items); });
+        product(stage + 3, INTO_OUT, work.mixed.data(), width, nullptr, layer.o, t, few, sum(layer.o));
+        product(stage + 5, INTO_MLP, work.x.data(), d.dim, layer.mlp_norm, layer.gate, t, few,
+                [&](const Rows& rows, int64_t i, int64_t parts) { gated(layer, rows, i, parts); });
+        product(stage + 7, INTO_DOWN, work.inner.data(), d.mlp, nullptr, layer.down, t, few, sum(layer.down));
       }
-#pragma omp single
-      {
-        ends.shape(count, d.dim, d.head.kind);
+      all(stage, count, [&](int64_t i) {
         float* scratch = work.own[t].scratch.data();
-        for (int64_t i = 0; i < count; i++) {
-          normed(work.x.data() + wanted[i] * d.dim, d.norm, d.eps, d.dim, scratch);
-          ends.set(i, scratch, d.head.kind);
-        }
-      }
-      const int64_t n = d.head.n;
-      multiply(d.head, ends, part(n, t, all), part(n, t + 1, all), 0, count,
-               [&](int64_t row, int64_t at, float value) { logits[row * n + at] = value; });
+        normed(work.x.data() + wanted[i] * d.dim, d.norm, d.eps, d.dim, scratch);
+        ends.set(i, scratch, d.head.kind);
+      });
+      all(stage + 1, 4 * few, [&](int64_t i) {
+        multiply(d.head, ends, part(n, i, 4 * few), part(n, i + 1, 4 * few), 0, count,
+                 [&](int64_t row, int64_t at, float value) { logits[row * n + at] = value; });
+      });
     }
   }
 };
