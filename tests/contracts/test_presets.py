@@ -22,7 +22,7 @@ from chiasm.presets.tiny import tiny_side
 from chiasm.processing.processor import Processor
 from chiasm.processing.templates import TEMPLATES
 
-NAMES = [record.name for record in presets()]
+NAMES = [record.name for record in presets() if hasattr(record.function().model, "lm")]  # those that write
 
 # The published configurations, as transformers writes them (llava-hf's config.json files; the models' own for widths).
 CLIP = {
@@ -374,7 +374,7 @@ def test_records_are_complete(name):
 
 def test_presets_differ_from_each_other():
     hashes = {record.function().hash() for record in presets()}
-    assert len(hashes) == len(NAMES) == 32
+    assert len(hashes) == len(presets())
 
 
 def test_unknown_preset_says_which_are_near():

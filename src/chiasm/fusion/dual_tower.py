@@ -25,6 +25,7 @@ from chiasm import registry
 from chiasm.config import part
 from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.fusion.base import Asked, Fusion, FusionConfig
+from chiasm.nn.modes import evaluating
 from chiasm.types import Batch, Count, Layout, MediaBatch, Output, Tokens
 
 TEXT = "text"
@@ -112,9 +113,10 @@ class DualTower(Fusion):
     def check_counts(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare counted with produced vectors of a unit (meta device). Raises ConfigError with both numbers."""
         for kind, shape in shapes.items():
-            tokens = self.encoders[kind](torch.empty(1, *shape, device=self.device))
             counted = self.config.encoders[kind].count(shape).tokens
-            produced = self.connectors[kind](tokens).x.shape[1]
+            with evaluating(self):  # a batch norm takes no batch of one in training
+                tokens = self.encoders[kind](torch.empty(1, *shape, device=self.device))
+                produced = self.connectors[kind](tokens).x.shape[1]
             if (counted, 1) != (tokens.x.shape[1], produced):
                 raise ConfigError(
                     f"encoder {kind!r} counts {counted} tokens for a {kind} of shape {shape} but produces "

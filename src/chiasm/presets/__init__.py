@@ -25,6 +25,7 @@ from chiasm.presets import (
     openflamingo,
     original_clip,
     original_llava,
+    towers,
 )
 from chiasm.presets.record import Preset
 from chiasm.presets.tiny import VOCAB
@@ -50,6 +51,7 @@ __all__ = [
     "preset",
     "presets",
     "record_of",
+    "towers",
 ]
 
 

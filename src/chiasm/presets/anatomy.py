@@ -19,6 +19,7 @@ from chiasm.errors import ConfigError
 from chiasm.fusion.assembly import blank_condition
 from chiasm.fusion.base import Fusion
 from chiasm.fusion.cross_attention import CrossAttention
+from chiasm.fusion.dual_tower import DualTower
 from chiasm.fusion.merge import SpatialUnpad
 from chiasm.fusion.pool import Pool
 from chiasm.fusion.splice import Splice
@@ -60,7 +61,8 @@ def parts(config: VLMConfig, model: Fusion | None = None) -> list[PartRow]:
     rows = [
         _row(place, _at(config.model, place), sizes.pop(place, 0), _widths(model, place)) for place in _order(places)
     ]
-    rows.append(_row("lm", config.model.lm, sizes.pop("lm", 0)))
+    if hasattr(config.model, "lm"):
+        rows.append(_row("lm", config.model.lm, sizes.pop("lm", 0)))
     if "cross" in sizes:
         rows.append(_row("cross", config.model.blocks, sizes.pop("cross"), _places(model)))
     return rows + [
@@ -178,6 +180,8 @@ def _widths(model: Fusion, place: str) -> str:
     kind, _, name = place.partition(".")
     if kind != "connectors":
         return ""
+    if isinstance(model, DualTower):
+        return f"{model.encoders[name].dim} to {model.config.dim}"
     feeding = next(s.encoders for s in model.config.media.values() if s.connector == name)  # type: ignore[attr-defined]
     widths = (str(model.encoders[encoder].dim) for encoder in feeding)  # type: ignore[index, union-attr]
     return f"{' and '.join(widths)} to {getattr(model, 'width', model.lm.dim)}"  # type: ignore[union-attr]

@@ -249,7 +249,7 @@ def exported(model: DualTower.Config) -> tuple[str, dict[str, Any]]:
             "with a vision transformer, SigLIP and ALIGN"
         )
     values = _top(kind, model) | {"model_type": kind, "architectures": [CLASSES[kind]]}
-    values |= {"text_config": _text(kind, text), "vision_config": _vision(kind, tower)}
+    values |= {"text_config": _text(kind, text, model.dim), "vision_config": _vision(kind, tower)}
     again = DualTower.Config.parse(network(kind, values, "export"))
     lost = [
         f"{key} is {getattr(model, key)}, {getattr(again, key)} there"
@@ -275,7 +275,7 @@ def _top(kind: str, model: DualTower.Config) -> dict[str, Any]:
     return {}
 
 
-def _text(kind: str, text: Any) -> dict[str, Any]:
+def _text(kind: str, text: Any, dim: int) -> dict[str, Any]:
     back = {"gelu_tanh": "gelu_pytorch_tanh"}.get(text.activation, text.activation)
     values = {key: getattr(text, ours) for key, ours in SIZES.items()} | {"hidden_act": back}
     if kind == "align":
@@ -283,7 +283,7 @@ def _text(kind: str, text: Any) -> dict[str, Any]:
     values["model_type"] = f"{kind}_text_model"
     if kind == "clip":
         return values | {"eos_token_id": text.vocab - 1, "bos_token_id": text.vocab - 2, "pad_token_id": text.vocab - 1}
-    return values | {"eos_token_id": 1, "pad_token_id": 1, "bos_token_id": None, "projection_size": text.dim}
+    return values | {"eos_token_id": 1, "pad_token_id": 1, "bos_token_id": None, "projection_size": dim}
 
 
 def _vision(kind: str, tower: Any) -> dict[str, Any]:

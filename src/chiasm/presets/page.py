@@ -10,12 +10,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from chiasm import registry
 from chiasm.compose import build_model
+from chiasm.fusion.dual_tower import DualTower
 from chiasm.model_config import VLMConfig
 from chiasm.presets import preset, presets
 from chiasm.presets.anatomy import FRAMES, PICTURE, SIZES, Step, count_tokens, flow, parts, walkable
+from chiasm.presets.page_towers import compared, steps, texts
 from chiasm.presets.record import Preset, Stage
 from chiasm.processing.messages import parse
 from chiasm.processing.templates import TEMPLATES
@@ -44,6 +47,10 @@ def describe(config: VLMConfig) -> str:
     table.append(("total", "", f"{sum(row.parameters for row in rows):,}", ""))
     lines = [config.provenance.preset or config.model.type, config.provenance.paper or "", ""]
     lines += columns(("part", "type", "parameters", "options"), table, right={2})
+    if isinstance(config.model, DualTower.Config):
+        for which in ("image", "text"):
+            lines += ["", f"the way of a{'n' if which == 'image' else ''} {which}", *diagram(steps(config, which))]
+        lines += ["", compared(config.model), texts(config)]
     for kind in walkable(config):
         lines += ["", _opening(kind), *diagram(flow(config, kind, model=model))]
         if kind == "image":
@@ -98,20 +105,10 @@ def page(record: Preset) -> str:
                 ("**all**", "", f"**{total:,}**", ""),
             ],
         ),
-        "## From a picture to the next word",
-        *(
-            f"{_opening(kind)}:\n\n```\n" + "\n".join(diagram(flow(config, kind, model=model))) + "\n```"
-            for kind in config.processing.media
-        ),
-        "## Tokens",
-        _tokens(config),
-        "## Prompt",
-        f"Template {_template(config)}, at most {config.processing.max_length:,} tokens. What is learned from stands "
-        "between ⟦ and ⟧, ⏎ is a line break, and `<image>` is the picture:",
-        f"```\n{_prompt(config)}\n```",
+        *(_compares(config) if isinstance(config.model, DualTower.Config) else _writes(config, model)),
         "## Recipe",
         _table(("", *(stage.name for stage in record.stages)), _recipe(record.stages)),
-        "Starts from " + "; ".join(f"`{place}`: {name}" for place, name in record.base.items()) + ".",
+        "Starts from " + ("; ".join(f"`{place}`: {name}" for place, name in record.base.items()) or "nothing") + ".",
         *_list("## Notes", record.notes),
         *_list("## Differences by design", record.differences),
         *_list("## Choices where the publication is open", record.system.choices),
@@ -123,11 +120,39 @@ def page(record: Preset) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def _writes(config: VLMConfig, model: Any) -> list[str]:
+    """The middle of the page of a model that writes: the way of its media, token counts, the prompt."""
+    ways = [
+        f"{_opening(kind)}:\n\n```\n" + "\n".join(diagram(flow(config, kind, model=model))) + "\n```"
+        for kind in config.processing.media
+    ]
+    return [
+        "## From a picture to the next word",
+        *ways,
+        "## Tokens",
+        _tokens(config),
+        "## Prompt",
+        f"Template {_template(config)}, at most {config.processing.max_length:,} tokens. What is learned from stands "
+        "between ⟦ and ⟧, ⏎ is a line break, and `<image>` is the picture:",
+        f"```\n{_prompt(config)}\n```",
+    ]
+
+
+def _compares(config: VLMConfig) -> list[str]:
+    """The middle of the page of a model of two towers: the ways of a picture and of a text, and the score."""
+    ways = ["```\n" + "\n".join(diagram(steps(config, which))) + "\n```" for which in ("image", "text")]
+    return ["## From a picture to its vector", ways[0], "## From a text to its vector", ways[1], texts(config),
+            "## Score", compared(config.model)]  # type: ignore[arg-type]  # fmt: skip
+
+
 def index(records: Sequence[Preset]) -> str:
     """The table of all presets, in Markdown."""
-    rows = []
+    rows, others = [], []
     for record in records:
         config = record.config()
+        if not hasattr(config.model, "lm"):
+            others.append((f"[{record.name}]({record.name}.md)", record.family, f"{record.parameters:,}", record.paper))
+            continue
         video = count_tokens(config, "video", PICTURE) if "video" in config.processing.media else None
         rows.append(
             (
@@ -144,7 +169,10 @@ def index(records: Sequence[Preset]) -> str:
         "A preset is a published system as a configuration. `chiasm show NAME` prints what stands on its page, "
         "`chiasm.preset(NAME)` returns it, and `tiny=True` gives a small form with the same structure."
     )
-    return "\n\n".join(["# Presets", MADE, words, _table(head, rows)]) + "\n"
+    blocks = ["# Presets", MADE, words, "## Models that write", _table(head, rows)]
+    if others:
+        blocks += ["## Models that compare or fuse", _table(("preset", "system", "parameters", "paper"), others)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def pages() -> dict[str, str]:
