@@ -22,11 +22,13 @@ from chiasm.checkpoints.hub import local_folder
 from chiasm.data.loader import Renderer
 from chiasm.data.mixture import Mixture
 from chiasm.fusion.splice import labelled
+from chiasm.nn.again import computed_again_in
 from chiasm.train.methods.table import skeleton
 from chiasm.train.model import built_config
 from chiasm.train.objectives.cross_entropy import cross_entropy
 from chiasm.train.plan import Action, Plan, apply, prepare, resolve
 from chiasm.train.recipe import Recipe, Stage
+from chiasm.train.speed import parts
 from chiasm.train.ways import open_processor, staged
 from chiasm.types import Batch
 from chiasm.vlm import build, read_config
@@ -60,16 +62,23 @@ class Forecast:
 
 
 def forecast(
-    model: nn.Module, table: Mapping[str, Action], batch: Batch, dtype: str = "float32", accumulate: int = 1
+    model: nn.Module,
+    table: Mapping[str, Action],
+    batch: Batch,
+    dtype: str = "float32",
+    accumulate: int = 1,
+    recompute: bool = False,
 ) -> Forecast:
     """What a step on ``batch`` needs, when ``model`` (with memory or without) is trained by this plan's table.
 
-    ``dtype`` is the stage's; ``accumulate`` over 1 keeps gradients while further micro-batches run.
+    ``dtype`` and ``recompute`` are the stage's; ``accumulate`` over 1 keeps gradients while further micro-batches run.
     """
     shapes: Any = skeleton(model)
     prepare(shapes, table)
     plan = resolve(shapes, table, 1.0)
     apply(shapes, plan)
+    for part in parts(shapes):
+        part.recompute = recompute
     low = torch.bfloat16 if dtype == "bf16" else torch.float32
     for p in shapes.parameters():
         p.data = p.data.to(low)
@@ -117,7 +126,7 @@ def foresee(recipe: Recipe, samples: int = 1000) -> Iterator[Foreseen]:
         plan = resolve(model, stage.table(), stage.lr)
         memory, why = None, ""
         try:
-            memory = forecast(model, stage.table(), batch, stage.dtype, stage.accumulate)
+            memory = forecast(model, stage.table(), batch, stage.dtype, stage.accumulate, stage.recompute)
         except (RuntimeError, NotImplementedError) as error:  # a part that reads numbers while it runs
             why = f"a part cannot run without numbers ({str(error).splitlines()[0]})"
         yield Foreseen(stage, plan, memory, why, len(refs), len(longest), longest.id)
@@ -127,7 +136,7 @@ def step_peak(shapes: Any, batch: Batch, dtype: torch.dtype) -> int:
     """The most bytes alive during forward, loss and backward of a model on ``meta``, without the model itself."""
     targets = len(labelled(batch)[0])
     empty = batch.to("meta", dtype=dtype)
-    with Alive() as alive, _Fused():
+    with Alive() as alive, _Fused(), computed_again_in(_Fused):
         hidden = shapes(empty, logits=None).hidden  # [B, T, D]
         states = hidden.flatten(0, 1)[:targets]  # [n, D]
         total, _ = cross_entropy(states, torch.empty(targets, dtype=torch.long, device="meta"), shapes.lm.head)

@@ -39,7 +39,7 @@ def settle(model: nn.Module) -> None:
 
 
 def parts(model: nn.Module) -> list[Any]:
-    """The modules with blocks that can be computed again: language models, encoders, fusions with layers of their own."""
+    """The modules with blocks that can be computed again: language models, encoders, fusions with own layers."""
     return [module for module in model.modules() if isinstance(getattr(module, "recompute", None), bool)]
 
 
