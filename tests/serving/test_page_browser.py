@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Scripted:
         self.healthy, self.max_queue_requests = True, 8
 
     def stats(self) -> dict[str, int]:
-        return {"running": 0, "waiting": 0}
+        return defaultdict(int, slots=8)  # nothing runs, nothing waits
 
     def stop(self, drain: float = 0) -> None:
         pass

@@ -148,7 +148,7 @@ function count(stats, usage, first) {
   stats.prompt = usage.prompt_tokens;
   stats.cached = usage.prompt_tokens_details?.cached_tokens || 0;
   const passed = ((stats.end || first) - first) / 1000;
-  stats.rate = passed > 0 && stats.tokens > 1 ? (stats.tokens - 1) / passed : undefined;
+  stats.rate = passed > 0.02 && stats.tokens > 1 ? (stats.tokens - 1) / passed : undefined;
   delete stats.end;
 }
 
