@@ -127,7 +127,11 @@ class DualTower(Fusion):
 
     def embed_images(self, batch: Batch) -> Tensor:
         """The batch's pictures as vectors of unit length ``[I, D]``, float32 or wider. Raises DataError."""
-        return self._embed_media(batch, {})
+        return _unit(self._pooled(batch, {}))
+
+    def encode_images(self, batch: Batch) -> Tensor:
+        """The same before they are made unit length ``[I, D]``: what the papers' linear probes read."""
+        return self._pooled(batch, {}).x[:, 0].float()  # [I, D]
 
     def embed_texts(self, batch: Batch) -> Tensor:
         """The batch's texts as vectors of unit length ``[B, D]``, float32 or wider. Raises DataError."""
@@ -163,7 +167,7 @@ class DualTower(Fusion):
         ``logits_per_image [I, B]``, ``logits_per_text [B, I]``. What is asked for in ``logits`` is not looked at.
         """
         named: dict[str, Any] = {}
-        images = self._embed_media(batch, named)  # [I, D]
+        images = _unit(self._pooled(batch, named))  # [I, D]
         texts = self._embed_texts(batch, named)  # [B, D]
         scores = self.score(images, texts)  # [I, B]
         named |= {f"{self.config.kind}/embeds": images, "text/embeds": texts}
@@ -178,7 +182,8 @@ class DualTower(Fusion):
         """Two towers write no text: raises ConfigError."""
         raise ConfigError(SILENT)
 
-    def _embed_media(self, batch: Batch, named: dict[str, Any]) -> Tensor:
+    def _pooled(self, batch: Batch, named: dict[str, Any]) -> Tokens:
+        """The batch's media, one vector each: ``x [I, 1, D]``."""
         kind = self.config.kind
         if kind not in batch.media:
             raise DataError(f"sample {_first(batch)!r}: the batch holds no {kind}; give one to each sample")
@@ -186,7 +191,7 @@ class DualTower(Fusion):
         _check_units(kind, media, batch.ids)
         features = (media.features or {kind: self.encoders[kind](media.inputs)})[kind]  # [I, N, D_in]
         named[f"{kind}/features"] = features
-        return _unit(self.connectors[kind](features))
+        return self.connectors[kind](features)  # type: ignore[no-any-return]
 
     def _embed_texts(self, batch: Batch, named: dict[str, Any]) -> Tensor:
         mask = batch.segment_ids != 0  # [B, T]

@@ -66,11 +66,13 @@ def stream(
     batch: int = 64,
     workers: int = 0,
     broken: Broken | None = None,
+    unit: bool = True,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """``(rows, vectors [len(rows), D])`` one batch after the other; ``rows`` are the numbers of the items.
 
     At most a few batches are in memory, however many items there are. ``broken(number, error)`` is told of what cannot
-    be read, which then has no vector; without it the error is raised.
+    be read, which then has no vector; without it the error is raised. ``unit=False``: pictures' vectors as they are
+    before they are made unit length.
     """
     if not hasattr(model, "embed_images"):
         raise ConfigError(
@@ -79,7 +81,8 @@ def stream(
         )
     if batch < 1:
         raise ConfigError(f"batch is {batch}; give at least 1")
-    run = model.embed_images if kind == "image" else model.embed_texts
+    of_pictures = model.embed_images if unit else model.encode_images
+    run = of_pictures if kind == "image" else model.embed_texts
     for samples in _prepared(processor, items, kind, batch, workers, broken):
         given: Batch = processor.collate([sample for _, sample in samples])
         with evaluating(model), torch.inference_mode():
