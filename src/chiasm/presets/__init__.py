@@ -11,6 +11,7 @@ from chiasm import registry
 from chiasm.model_config import VLMConfig
 from chiasm.presets import (
     blip2,
+    fused,
     hf_blip2,
     hf_idefics,
     hf_llava,
@@ -34,6 +35,7 @@ from chiasm.presets.tiny import tiny as shrink
 __all__ = [
     "Preset",
     "blip2",
+    "fused",
     "hf_blip2",
     "hf_idefics",
     "hf_llava",

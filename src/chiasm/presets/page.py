@@ -15,9 +15,11 @@ from typing import Any
 from chiasm import registry
 from chiasm.compose import build_model
 from chiasm.fusion.dual_tower import DualTower
+from chiasm.fusion.pair import PairConfig
 from chiasm.model_config import VLMConfig
 from chiasm.presets import preset, presets
 from chiasm.presets.anatomy import FRAMES, PICTURE, SIZES, Step, count_tokens, flow, parts, walkable
+from chiasm.presets.page_fused import fused
 from chiasm.presets.page_towers import compared, steps, texts
 from chiasm.presets.record import Preset, Stage
 from chiasm.processing.messages import parse
@@ -51,6 +53,8 @@ def describe(config: VLMConfig) -> str:
         for which in ("image", "text"):
             lines += ["", f"the way of a{'n' if which == 'image' else ''} {which}", *diagram(steps(config, which))]
         lines += ["", compared(config.model), texts(config)]
+    if isinstance(config.model, PairConfig):
+        lines += ["", *fused(config)]
     for kind in walkable(config):
         lines += ["", _opening(kind), *diagram(flow(config, kind, model=model))]
         if kind == "image":
@@ -105,7 +109,7 @@ def page(record: Preset) -> str:
                 ("**all**", "", f"**{total:,}**", ""),
             ],
         ),
-        *(_compares(config) if isinstance(config.model, DualTower.Config) else _writes(config, model)),
+        *_middle(config, model),
         "## Recipe",
         _table(("", *(stage.name for stage in record.stages)), _recipe(record.stages)),
         "Starts from " + ("; ".join(f"`{place}`: {name}" for place, name in record.base.items()) or "nothing") + ".",
@@ -118,6 +122,15 @@ def page(record: Preset) -> str:
         "As their publishers state them; read them before you use or pass on any weights.",
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _middle(config: VLMConfig, model: Any) -> list[str]:
+    """What a page shows between parts and recipe."""
+    if isinstance(config.model, DualTower.Config):
+        return _compares(config)
+    if isinstance(config.model, PairConfig):
+        return ["## What is read, and what comes out", *fused(config)]
+    return _writes(config, model)
 
 
 def _writes(config: VLMConfig, model: Any) -> list[str]:
