@@ -316,7 +316,6 @@ def test_what_is_refused(made: Any, tmp_path: Path):
     for changes, message in (
         ({"image_token_index": None}, "names no image_token_index"),
         ({"text_config": None}, "no text_config"),
-        ({"qformer_config": {**values["qformer_config"], "use_qformer_text_input": True}}, "for retrieval"),
         ({"num_query_tokens": 6}, r"\[5, 24\] in the file, \[6, 24\] in the model"),
     ):
         path.write_text(json.dumps({**values, **changes}))

@@ -69,7 +69,7 @@ class HFBlip2(Reader):
         reads = c["model_type"] == "instructblip"
         qformer = QFORMER | (c.get("qformer_config") or {})
         vision = VISION | (c.get("vision_config") or {})
-        if qformer["use_qformer_text_input"]:
+        if qformer["use_qformer_text_input"] and not reads:
             found = bridge(qformer, c["num_query_tokens"], True, where)
             return retrieval.read(
                 folder, weights, tower(vision, where), found, c.get("image_text_hidden_size", 256), options

@@ -72,6 +72,7 @@ class TurnsConfig(TemplateConfig):
     type: str = "turns"
     system: str | None = None  # the text of the system turn where the conversation brings none
     bos: str = ""  # opens every conversation; most tokenizers add their BOS by themselves
+    opening: str = ""  # once, after the media that open the first turn, or first of all (BLIP-2's BOS)
     system_turn: Turn = Turn()
     system_in_user: bool = False  # the system turn is written inside the first user turn, after its prefix
     user_turn: Turn = Turn()
@@ -130,7 +131,7 @@ class TurnsTemplate(Template):
             self._write(pieces, self.config.user_turn.prefix, everything)
             if self.config.system_in_user and not number:
                 pieces += opening
-            pieces += self._body(message, first_medium, everything)
+            pieces += self._body(message, first_medium, everything, "" if number else self.config.opening)
             self._write(pieces, self.config.user_turn.suffix, everything)
         if add_generation_prompt:
             self._write(pieces, self.config.answer.prompt, False)
@@ -182,8 +183,8 @@ class TurnsTemplate(Template):
         self._write(pieces, answer.end, train)
         self._write(pieces, answer.after, faithful)
 
-    def _body(self, message: Message, first_medium: int, train: bool) -> list[Piece]:
-        """Text and media of a turn, media where the template wants them."""
+    def _body(self, message: Message, first_medium: int, train: bool, opening: str = "") -> list[Piece]:
+        """Text and media of a turn, media where the template wants them; ``opening`` follows those that come first."""
         numbers = iter(range(first_medium, first_medium + len(message.media)))
         parts: list[Any] = [(next(numbers), p) if isinstance(p, Media) else p for p in message.parts]
         media = [p for p in parts if isinstance(p, tuple)]
@@ -196,11 +197,15 @@ class TurnsTemplate(Template):
             for number, medium in media:
                 self._medium(pieces, number, medium)
                 self._write(pieces, self.config.media_suffix, False)
+            self._write(pieces, opening, False)
             text = "".join(texts)
             pieces.append(Piece(text.strip() if media else text, train=train))
             return pieces
         leading = True
+        first = next((i for i, item in enumerate(parts) if not isinstance(item, tuple)), len(parts))
         for place, item in enumerate(parts):
+            if place == first:
+                self._write(pieces, opening, False)
             if isinstance(item, tuple):
                 self._medium(pieces, *item)
                 following = parts[place + 1] if place + 1 < len(parts) else None
