@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from chiasm.infer.heat import on_grid, paint, to_units, watched
 from chiasm.infer.look import choose, look, read_answer, sloped
 from chiasm.nn.cross_attention import CrossAttention
 from chiasm.nn.masks import causal
+from chiasm.nn.quant import Quantized
 from chiasm.nn.watch import shares
 from chiasm.processing.view import View
 from chiasm.report.inspection import walk
@@ -375,6 +377,24 @@ def test_earlier_answers_are_not_taken_for_the_asked_one():
     read = read_answer(vlm.processor, turns, "A circle.")
     assert len(read.words) == 2
     assert min(read.words[0].positions) > len(vlm.processor(turns, id="x", add_generation_prompt=True)) - 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_layers_give_gradients_and_run_in_several_threads(bits: int):
+    """A server looks into a model whose engine is running it, with weights of few bits."""
+    torch.manual_seed(0)
+    layer = Quantized(torch.randn(96, 128), torch.randn(96), bits)
+    x = torch.randn(5, 128, requires_grad=True)
+    layer(x).square().sum().backward()
+    wide = layer.widened()
+    expected = torch.autograd.grad(F.linear(x, wide, layer.bias).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+    inputs = [torch.randn(n, 128) for n in (1, 40, 7, 200)]
+    with torch.no_grad():
+        alone = [layer(one) for one in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda i: torch.equal(layer(inputs[i % 4]), alone[i % 4]), range(200)))
+    assert all(together)
 
 
 @pytest.mark.parametrize(

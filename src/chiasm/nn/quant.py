@@ -11,6 +11,7 @@ Where the compiled kernels are missing, the matrix is widened before each produc
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class Quantized(nn.Module):
         # Not a buffer: casting a model must not round the scales.
         self.scales = scales
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self._ready: tuple[Matrix, Work, list[Tensor]] | None = None
+        self._ready: tuple[Matrix, list[Tensor]] | None = None
 
     def matrix(self) -> Matrix:
         """The layer as the kernels read it."""
@@ -49,13 +50,13 @@ class Quantized(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """What must stay alive while ``matrix`` is used."""
-        return self._native()[2]
+        return self._native()[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., k]`` → ``[..., n]``."""
-        if x.dtype in KINDS and x.device.type == "cpu" and library() is not None:
-            matrix, work, _ = self._native()
-            return linear(matrix, work, x)
+        """``x [..., k]`` → ``[..., n]``. Where a gradient is wanted, by the widened matrix: the kernels give none."""
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        if x.dtype in KINDS and x.device.type == "cpu" and library() is not None and not wanted:
+            return linear(self.matrix(), own_work(), x)
         return F.linear(x, self.widened(x.dtype).to(x.device), None if self.bias is None else self.bias.to(x.dtype))
 
     def widened(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,19 +64,30 @@ class Quantized(nn.Module):
         wide = unpack8(self.packed, self.scales) if self.bits == 8 else unpack4(self.packed, self.scales)
         return wide[:, : self.in_features].to(dtype)
 
-    def _native(self) -> tuple[Matrix, Work, list[Tensor]]:
+    def _native(self) -> tuple[Matrix, list[Tensor]]:
         if self._ready is None:
             keep: list[Tensor] = [self.packed, self.scales]
             kind, stride = (INT8 if self.bits == 8 else INT4), self.packed.stride(0)
             size = (self.out_features, self.in_features, stride)
             bias = floats(self.bias, keep)
             matrix = Matrix(self.packed.data_ptr(), self.scales.data_ptr(), bias, *size, kind, 0)
-            self._ready = matrix, Work(), keep
+            self._ready = matrix, keep
         return self._ready
 
     def extra_repr(self) -> str:
         """Shown in the printed model."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+
+_works = threading.local()
+
+
+def own_work() -> Work:
+    """The memory that this thread's calls work in: a server looks into a model while its engine runs it."""
+    if not hasattr(_works, "work"):
+        _works.work = Work()
+    found: Work = _works.work
+    return found
 
 
 def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
