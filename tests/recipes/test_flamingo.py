@@ -69,6 +69,20 @@ def test_saved_loaded_and_asked(done):
     assert again.generate(prompt, max_new_tokens=6, num_beams=2) is not None
 
 
+def test_where_it_looks(done):
+    """One token a picture in the sequence tells nothing: heat comes from the gradient at the patches."""
+    from chiasm.infer.look import look
+
+    vlm = done[2]
+    example = Shots(Shots.Config.parse({"source": PLAY, "count": 1}))[0]
+    found = look(vlm.model, vlm.processor, example.messages[:-1], "red", "red")
+    assert found.method == "gradient" and len(found.heats) == 2
+    shares = [heat.share for heat in found.heats]  # the first picture counts too: earlier words carry it on
+    assert min(shares) > 0 and sum(shares) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ConfigError, match="does not tell its attention"):
+        look(vlm.model, vlm.processor, example.messages[:-1], "red", "red", method="attention")
+
+
 def test_too_many_shots_are_refused(done):
     vlm = done[2]
     many = Shots(Shots.Config.parse({"source": PLAY, "count": 9}))[0]
