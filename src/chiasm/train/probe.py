@@ -21,7 +21,7 @@ class Probe:
     ``held_out/loss`` over all examples, and of those with media ``held_out/loss_shuffled`` and the meter's reading,
     ``image_use/…``. With ``seen`` the examples are training data, for want of others: the meter alone is read then.
     An objective that compares samples compares all examples with each other; there is no meter for it, as a picture
-    that says nothing cannot be told from others.
+    that says nothing cannot be told from others. Nor is there one for a model that writes nothing.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Probe:
         self.renderer = Renderer(renderer.processor, renderer.max_length)
         examples = [e for e in examples if _usable(self.renderer, e)] if seen else examples
         compares = isinstance(objective, StepObjective)
+        compares = compares or getattr(getattr(renderer.processor, "template", None), "beside", False)
         self.examples = list(examples) if compares else [with_answer(example) for example in examples]
         self.meter = None if compares else Meter(model, renderer, examples, batch)
         self.reading: Reading | None = None
