@@ -1,5 +1,6 @@
 """What is minimised: ``(model, batch) → Loss``, or a loss over a whole step. One file each, one import line here."""
 
+from chiasm.train.objectives import aligned as aligned
 from chiasm.train.objectives import blip2 as blip2
 from chiasm.train.objectives import classes as classes
 from chiasm.train.objectives import contrastive as contrastive
