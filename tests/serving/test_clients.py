@@ -11,6 +11,8 @@ import pytest
 import torch
 from serving_kit import Running, Served, data_url, encoded, picture, serving, shows
 
+from chiasm.infer import constraints
+
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -36,15 +38,15 @@ def test_the_official_client(running: Running):
 def test_the_clients_own_stream_helper(running: Running):
     client = running.client()
     with client.chat.completions.stream(
-        model="tiny", messages=[{"role": "user", "content": shows(None)}], max_tokens=6, temperature=0
+        model="tiny",
+        messages=[{"role": "user", "content": shows(None)}],
+        extra_body={"guided_choice": ["a cat 🐈"]},  # the helper takes an answer that was cut for an error
+        stream_options={"include_usage": True},
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert "content.delta" in kinds and "content.done" in kinds
-    whole = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": shows(None)}], max_tokens=6, temperature=0
-    )
-    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert final.choices[0].message.content == "a cat 🐈" and final.usage.completion_tokens == 10
 
 
 def test_many_asynchronous_clients(running: Running):
@@ -140,6 +142,7 @@ def test_langchain(running: Running, stream):
     langchain_reads(reply)
 
 
+@pytest.mark.skipif(not hasattr(constraints, "JsonSchema"), reason="the engine has no JSON schemas yet")
 def test_langchain_structured_output(running: Running):
     schema = {"title": "Answer", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "Answer", "schema": schema, "strict": True}}

@@ -21,6 +21,8 @@ import pytest
 from serving_kit import Running, data_url, encoded, picture, ready, serving, shows, tiny
 from test_streaming import raw
 
+from chiasm.infer.scheduler import Scheduler
+
 
 def until(condition, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
@@ -30,11 +32,17 @@ def until(condition, seconds: float = 10.0) -> None:
 
 
 @pytest.fixture
-def paused(vlm, monkeypatch):
-    """The model does no step until it is told to."""
+def paused(monkeypatch):
+    """No engine does a step with work to do until it is told to."""
     go = threading.Event()
-    inner = vlm.model.forward
-    monkeypatch.setattr(vlm.model, "forward", lambda *a, **k: (go.wait(30), inner(*a, **k))[1])
+    inner = Scheduler.step
+
+    def step(self) -> None:
+        if self.filling or self.writing:
+            go.wait(30)
+        inner(self)
+
+    monkeypatch.setattr(Scheduler, "step", step)
     yield go
     go.set()
 
@@ -42,9 +50,9 @@ def paused(vlm, monkeypatch):
 def test_a_full_queue_says_so_at_once_and_a_retry_succeeds(vlm, paused):
     served = ready(vlm, slots=1, max_queue_requests=2)
     with serving(served, retry_seconds=1) as running:
-        held = [raw(running, max_tokens=2)]
+        held = [raw(running, max_tokens=9)]
         until(lambda: served.service.stats()["running"] == 1)
-        held += [raw(running, max_tokens=2) for _ in range(2)]
+        held += [raw(running, max_tokens=9) for _ in range(2)]
         until(lambda: served.service.stats()["waiting"] == 2)
         for content in ("x", shows(None)):
             start = time.monotonic()

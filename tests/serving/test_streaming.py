@@ -157,8 +157,15 @@ def test_silence_is_filled(vlm):
 def test_a_client_that_goes_away_stops_the_computation(vlm, monkeypatch, stream):
     served = ready(vlm)
     steps = []
-    step = vlm.model.step
-    monkeypatch.setattr(vlm.model, "step", lambda *a, **k: (steps.append(1), time.sleep(0.02), step(*a, **k))[-1])
+    step = served.service.scheduler.step
+
+    def slowly() -> None:
+        if served.service.stats()["running"]:
+            steps.append(1)
+            time.sleep(0.02)
+        step()
+
+    monkeypatch.setattr(served.service.scheduler, "step", slowly)
     with serving(served) as running:
         connection = raw(running, stream=stream)
         deadline = time.monotonic() + 10

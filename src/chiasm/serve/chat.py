@@ -61,8 +61,9 @@ async def _submitted(request: Request, state: State) -> Job:
 
 def _roomy(state: State, served: Served, answers: int) -> None:
     """Refuses at once, before pictures are opened, what the engine's queue would refuse afterwards."""
-    waiting = served.service.stats()["waiting"]
-    if waiting and waiting + answers > served.service.max_queue_requests:
+    stats = served.service.stats()
+    free = max(0, stats["slots"] - stats["running"])
+    if stats["waiting"] + answers > served.service.max_queue_requests + free:
         raise state.full("requests", "the queue is full")
 
 

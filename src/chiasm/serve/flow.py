@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chiasm.errors import ChiasmError
+from chiasm.infer.request import Stopped
 from chiasm.serve.errors import ApiError, busy, internal, refused
 from chiasm.serve.options import Served
 from chiasm.serve.state import State
@@ -38,13 +39,15 @@ class Flow:
         queue: asyncio.Queue[tuple[int, Any, bool]] = asyncio.Queue()
         tasks = [asyncio.create_task(_pump(i, handle, queue)) for i, handle in enumerate(self.handles)]
         found: dict[int, Any] = {}
-        quiet = time.monotonic()
+        quiet = checked = time.monotonic()
         try:
             while len(found) < len(self.handles):
+                if time.monotonic() - checked >= TICK:
+                    checked = time.monotonic()
+                    self._check()
                 try:
                     index, item, last = await (queue.get() if queue.qsize() else asyncio.wait_for(queue.get(), TICK))
                 except (asyncio.TimeoutError, TimeoutError):
-                    self._check()
                     if time.monotonic() - quiet >= self.state.options.ping_seconds:
                         quiet = time.monotonic()
                         yield -1, None
@@ -82,7 +85,9 @@ class Flow:
     def _ended(self, finish: Any) -> Any:
         if isinstance(finish, Exception) or finish.reason == "error":
             error = finish if isinstance(finish, Exception) else finish.error
-            if isinstance(error, ChiasmError):
+            if isinstance(error, Stopped):
+                self._check()
+            elif isinstance(error, ChiasmError):
                 raise refused(error)
             log.error("an answer failed", exc_info=error)
             raise internal()

@@ -84,10 +84,10 @@ GAUGES = (  # our name, a service's, what it says, kind
     ("num_requests_running", "running", "Requests that are being answered.", "gauge"),
     ("num_requests_waiting", "waiting", "Requests in the queue.", "gauge"),
     ("kv_cache_usage_perc", "kv_usage", "Share of the key-value cache in use, 0 to 1.", "gauge"),
-    ("prefix_cache_queries_total", "prefix_queries", "Prompt tokens looked up in the prefix cache.", "counter"),
-    ("prefix_cache_hits_total", "prefix_hits", "Prompt tokens found in the prefix cache.", "counter"),
-    ("mm_cache_queries_total", "media_queries", "Pictures looked up in the cache of features.", "counter"),
-    ("mm_cache_hits_total", "media_hits", "Pictures found in the cache of features.", "counter"),
+    ("prefix_cache_queries_total", "prompt_tokens", "Prompt tokens looked up in the prefix cache.", "counter"),
+    ("prefix_cache_hits_total", "cached_tokens", "Prompt tokens found in the prefix cache.", "counter"),
+    ("mm_cache_queries_total", "feature_queries", "Pictures looked up in the cache of features.", "counter"),
+    ("mm_cache_hits_total", "feature_hits", "Pictures found in the cache of features.", "counter"),
 )
 
 

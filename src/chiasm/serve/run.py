@@ -74,10 +74,21 @@ class Server(uvicorn.Server):
         self.state.draining = True
         self._watch.cancel()
         ending = asyncio.get_running_loop().call_later(self.state.options.drain_seconds, self.state.aborted.set)
+        late = asyncio.create_task(self._hanging_up())
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+            late.cancel()
+
+    async def _hanging_up(self) -> None:
+        """Closes connections without a request that were accepted while the listening sockets closed."""
+        while True:
+            await asyncio.sleep(0.2)
+            for connection in list(self.server_state.connections):
+                cycle = connection.cycle  # type: ignore[union-attr]
+                if (cycle is None or cycle.response_complete) and not connection.transport.is_closing():
+                    connection.shutdown()
 
     async def _watching(self) -> None:
         """Ends the process when an engine stays dead: health is red meanwhile."""

@@ -30,7 +30,7 @@ def sampling(wanted: ChatRequest, options: ServeOptions, vlm: Any, index: int) -
             "repetition_penalty": wanted.repetition_penalty or 1.0,
             "presence_penalty": wanted.presence_penalty or 0.0,
             "frequency_penalty": wanted.frequency_penalty or 0.0,
-            "logit_bias": _bias(wanted.logit_bias or {}, len(vlm.tokenizer)),
+            "logit_bias": _bias(wanted.logit_bias or {}, vlm),
             "logprobs": (wanted.top_logprobs or 0) if wanted.logprobs else None,
             "stop": wanted.stops,
             "seed": None if wanted.seed is None else (wanted.seed + index) % 2**63,
@@ -41,12 +41,15 @@ def sampling(wanted: ChatRequest, options: ServeOptions, vlm: Any, index: int) -
     )
 
 
-def _bias(values: dict[str, float], vocab: int) -> dict[int, float]:
-    found = {}
+def _bias(values: dict[str, float], vlm: Any) -> dict[int, float]:
+    found, vocab = {}, len(vlm.tokenizer)
+    media = {vlm.tokenizer.id_of(front.config.placeholder or "") for front in vlm.processor.front_ends.values()}
     for key, value in values.items():
         if not re.fullmatch(r"\d{1,9}", key, re.ASCII) or int(key) >= vocab:
             text = f"logit_bias: {shown(key)} is no token of this model, whose ids are 0 to {vocab - 1}"
             raise ApiError(400, text, "logit_bias")
+        if int(key) in media:
+            raise ApiError(400, f"logit_bias: {shown(key)} stands for a medium and is no word", "logit_bias")
         found[int(key)] = value
     return found
 
