@@ -3,9 +3,9 @@
     python benchmarks/matching.py                      # questions about drawn shapes; minutes on one core
     python benchmarks/matching.py --data nlvr --steps 3000 --folder ../shared/data/nlvr
 
-A twin is the same model with the same weights at the start, the same samples in the same order, and grey pictures. With
-``--words`` a third has its pictures and always the same words: what is right then is right by the picture alone. Pictures of the
-held-out questions were never trained on. Results go to ``benchmarks/results/matching.json`` and ``.md``.
+A twin is the same model with the same weights at the start, the same samples in the same order, and grey pictures.
+With ``--words`` a third has its pictures and always the same words: what is right then is right by the picture alone.
+Held-out pictures were never trained on. Results go to ``benchmarks/results/matching.json`` and ``.md``.
 """
 
 from __future__ import annotations
