@@ -26,9 +26,11 @@ from chiasm.infer import embed, zero_shot
 from chiasm.infer.engine import generate, is_conversation
 from chiasm.infer.look import Look, look
 from chiasm.infer.rank import By, Ranked, rank
+from chiasm.lm.silent import Silent
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.presets.checkpoint import TENSORS, Options, Reader, table_of
+from chiasm.processing.pair import reads_nothing
 from chiasm.processing.processor import Processor, TokenizerLike
 
 
@@ -68,6 +70,8 @@ class VLM:
         ``options``: ``max_new_tokens``, ``stream`` (an iterator of pieces), ``temperature``, ``top_k``, ``top_p``,
         ``num_beams``, ``repetition_penalty``, ``stop``, ``seed``, ``return_details``: see ``chiasm.infer.engine``.
         """
+        if self.model.silent:
+            raise ConfigError(self.model.silent)
         return generate(self.model, self.processor, messages, **options)
 
     def rank(self, messages: Sequence[Any], candidates: Sequence[str], by: By = "sum", **options: Any) -> list[Ranked]:
@@ -101,11 +105,16 @@ class VLM:
         """
         return embed.embed(self.model, self.processor, images, texts, **options)
 
-    def classify(self, images: Sequence[Any], labels: Sequence[str], templates: Any = None, **options: Any) -> Tensor:
-        """Probabilities ``[n, labels]`` without training. ``templates``: texts with ``{}``, or a set's name.
+    def classify(
+        self, images: Sequence[Any], labels: Sequence[str] | None = None, templates: Any = None, **options: Any
+    ) -> Tensor:
+        """Probabilities ``[n, labels]``: of labels in words, without training, by a model of two towers; of its own
+        classes (``processing.labels``) by a model that has some. ``templates``: texts with ``{}``, or a set's name.
 
         ``options``: ``independent``, ``batch``, ``workers``: see ``chiasm.infer.zero_shot``. Raises DataError.
         """
+        if labels is None:
+            return embed.classes(self.model, self.processor, images, **options)
         return zero_shot.classify(self.model, self.processor, images, labels, templates, **options)
 
     # ---------------------------------------------------------------------------------------------- parameters
@@ -234,6 +243,8 @@ def build(
     source = tokenizer if tokenizer is not None else config.tokenizer
     if source is not None and not isinstance(source, Tokenizer):
         source = Tokenizer.from_folder(source)
+    if reads_nothing(config.processing):
+        source = Silent()  # type: ignore[assignment]
     check_counts(config.model, unit_shapes(config))
     model = build_model(config.model, device, as_dtype(dtype))
     processor = None
@@ -280,7 +291,7 @@ def load(
         return VLM(config, model, processor).eval()
     options = Options(template, None if vision_tower is None else Path(vision_tower), allow_pickle)
     found = reader_of(values, path).read(path, values, options)
-    tokenizer = Tokenizer.from_folder(found.tokenizer)
+    tokenizer = Silent() if found.tokenizer is None else Tokenizer.from_folder(found.tokenizer)
     model, dropped = own.filled(found.config, found.weights, found.rules, as_dtype(dtype), device)
     note = f"read from {name} (transformers or original layout)"
     config = found.config.model_copy(update={"provenance": found.config.provenance.add(note, *dropped)})

@@ -13,6 +13,7 @@ from PIL import Image
 from chiasm.compose import build_model, check_counts
 from chiasm.config import diff
 from chiasm.fusion.dual_tower import DualTower
+from chiasm.lm.silent import Silent
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.presets import preset, presets, record_of
 from chiasm.presets.hf_towers import exported, network
@@ -143,3 +144,30 @@ def test_pages_say_how_pictures_and_texts_go():
     assert "[1, 196, 768]" in words and "[1, 64, 768]" in words and "logit_bias" in words
     text = page(record_of("clip-vit-b32"))
     assert "## From a text to its vector" in text and "151,277,313" in text and "at most 100" in text
+
+
+# ------------------------------------------------------------------------------------- the plain vision transformer
+
+CLASSIFIERS = [record.name for record in presets() if record.family == "ViT"]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_parameters_of_classifiers(name: str):
+    """Against the paper's table of sizes by hand: patches, class vector, positions, blocks, norm, head."""
+    tower = preset(name).model.encoders["image"]
+    d, m, p = tower.dim, tower.mlp, tower.patch
+    block = 4 * (d * d + d) + 2 * d * m + m + d + 4 * d
+    places = (tower.image_size // p) ** 2 + 1
+    expected = 3 * p * p * d + d + d + places * d + tower.depth * block + 2 * d + 1000 * (d + 1)
+    assert size(name) == record_of(name).parameters == expected
+
+
+def test_a_published_classifier():
+    assert size("vit-b16-224") == 86_567_656  # timm and transformers
+    config = preset("vit-b16-224", tiny=True)
+    model = build_model(config.model)
+    pictures = [[{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (40, 30), c)}]}] for c in
+                ("red", "blue")]  # fmt: skip
+    scores = model(Processor(config.processing, Silent(), config.model.count).batch(pictures)).logits
+    assert scores.shape == (2, 10)
+    assert "[1, 1, 1000]" in describe(preset("vit-l16-384")) and "## From a picture" in page(record_of("vit-b16-224"))

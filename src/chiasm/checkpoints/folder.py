@@ -14,10 +14,12 @@ from chiasm.convert.io import Weights, open_weights, read_json, replaced_folder,
 from chiasm.convert.rules import AnyRule, Plan, rename
 from chiasm.errors import CheckpointError, FingerprintError
 from chiasm.fusion.base import Fusion
+from chiasm.lm.silent import Silent
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.lm.tokenizer_files import NAMES
 from chiasm.model_config import MethodRecord, VLMConfig
 from chiasm.processing.fingerprint import REMEDY, compare, fingerprint
+from chiasm.processing.pair import reads_nothing
 from chiasm.processing.processor import Processor, TokenizerLike
 
 FINGERPRINT = "fingerprint.json"
@@ -71,7 +73,8 @@ def load(
     config = VLMConfig.parse(values, where=str(folder / "config.json"))
     processor = None
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", FINGERPRINT)):
-        processor = Processor(config.processing, cast(TokenizerLike, Tokenizer.from_folder(folder)), config.model.count)
+        tokenizer = Silent() if reads_nothing(config.processing) else Tokenizer.from_folder(folder)
+        processor = Processor(config.processing, cast(TokenizerLike, tokenizer), config.model.count)
         config = _verified(config, processor, folder, ignore_fingerprint)
     model, _ = filled(config, open_weights(folder, allow_pickle), SAME_NAMES, dtype, device)
     return config, model, processor

@@ -2,6 +2,7 @@
 
 from chiasm.fusion import (
     albef,
+    classifier,
     cross_attention,
     dual_tower,
     merge,
@@ -14,6 +15,7 @@ from chiasm.fusion import (
 
 __all__ = [
     "albef",
+    "classifier",
     "cross_attention",
     "dual_tower",
     "merge",

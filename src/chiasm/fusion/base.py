@@ -32,6 +32,7 @@ class Fusion(nn.Module):
 
     Config: type[FusionConfig] = FusionConfig
     config: FusionConfig
+    silent: str = ""  # for a model that writes no text: what to do with it instead
 
     @classmethod
     def compose(cls, config: Any) -> Fusion:

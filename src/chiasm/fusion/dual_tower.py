@@ -29,6 +29,10 @@ from chiasm.nn.modes import evaluating
 from chiasm.types import Batch, Count, Layout, MediaBatch, Output, Tokens
 
 TEXT = "text"
+SILENT = (
+    "a model of two towers compares pictures and texts and writes none: use embed or classify, or load a model that "
+    "generates"
+)
 
 
 @registry.register("fusion", "dual_tower")
@@ -88,6 +92,7 @@ class DualTower(Fusion):
             return 0
 
     config: Config
+    silent = SILENT
 
     def __init__(self, config: Config, encoders: Mapping[str, Any], connectors: Mapping[str, Any]):
         super().__init__()
@@ -204,12 +209,6 @@ class DualTower(Fusion):
         tokens: Tokens = self.encoders[TEXT](batch.input_ids, mask)  # [B, T, D_in]
         named["text/features"] = tokens
         return _unit(self.connectors[TEXT](tokens))
-
-
-SILENT = (
-    "a model of two towers compares pictures and texts and writes none: use embed or classify, or load a model that "
-    "generates"
-)
 
 
 def _unit(tokens: Tokens) -> Tensor:

@@ -58,6 +58,23 @@ def embed(
     return result
 
 
+def classes(model: Any, processor: Any, images: Sequence[Any], batch: int = 64, workers: int = 0) -> Tensor:
+    """Probabilities ``[n, C]`` of a model's own classes, ``processor.config.labels``, float32 on the CPU.
+
+    Raises ConfigError for a model that has none; DataError.
+    """
+    if hasattr(model, "embed_images") or not hasattr(model, "classify"):
+        raise ConfigError(f"a model of type {model.config.type!r} has no classes of its own; give labels")
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise DataError(f"classify takes a list of images, got {type(images).__name__}; put it in a list")
+    found = []
+    for samples in _prepared(processor, images, "image", batch, workers, None):
+        given: Batch = processor.collate([sample for _, sample in samples])
+        with evaluating(model), torch.inference_mode():
+            found.append(model.classify(given.to(model.device, model.dtype)).float().softmax(-1).cpu())  # [n, C]
+    return torch.cat(found).clone() if found else torch.empty(0, model.config.classes)
+
+
 def stream(
     model: Any,
     processor: Any,

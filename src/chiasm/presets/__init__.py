@@ -17,6 +17,7 @@ from chiasm.presets import (
     hf_llava,
     hf_towers,
     hf_vilt,
+    hf_vit,
     idefics,
     instructblip,
     lavis,
@@ -27,6 +28,7 @@ from chiasm.presets import (
     original_clip,
     original_llava,
     towers,
+    vit,
 )
 from chiasm.presets.record import Preset
 from chiasm.presets.tiny import VOCAB
@@ -41,6 +43,7 @@ __all__ = [
     "hf_llava",
     "hf_towers",
     "hf_vilt",
+    "hf_vit",
     "idefics",
     "instructblip",
     "lavis",
@@ -54,6 +57,7 @@ __all__ = [
     "presets",
     "record_of",
     "towers",
+    "vit",
 ]
 
 

@@ -18,6 +18,7 @@ from chiasm.config import Config
 from chiasm.errors import ConfigError
 from chiasm.fusion.assembly import blank_condition
 from chiasm.fusion.base import Fusion
+from chiasm.fusion.classifier import Classifier
 from chiasm.fusion.cross_attention import CrossAttention
 from chiasm.fusion.dual_tower import DualTower
 from chiasm.fusion.merge import SpatialUnpad
@@ -180,6 +181,8 @@ def _widths(model: Fusion, place: str) -> str:
     kind, _, name = place.partition(".")
     if kind != "connectors":
         return ""
+    if isinstance(model, Classifier):
+        return f"{model.encoders[name].dim} to {model.config.classes}"
     if isinstance(model, DualTower):
         return f"{model.encoders[name].dim} to {model.config.dim}"
     feeding = next(s.encoders for s in model.config.media.values() if s.connector == name)  # type: ignore[attr-defined]

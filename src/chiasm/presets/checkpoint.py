@@ -51,7 +51,7 @@ class Checkpoint:
     config: VLMConfig
     weights: Weights
     rules: list[AnyRule]
-    tokenizer: Path
+    tokenizer: Path | None  # None: the model reads no text
 
 
 def check_vocab(config: VLMConfig, tokenizer: Any, where: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from chiasm import registry
 from chiasm.compose import build_model
+from chiasm.fusion.classifier import Classifier
 from chiasm.fusion.dual_tower import DualTower
 from chiasm.fusion.pair import PairConfig
 from chiasm.model_config import VLMConfig
@@ -53,6 +54,8 @@ def describe(config: VLMConfig) -> str:
         for which in ("image", "text"):
             lines += ["", f"the way of a{'n' if which == 'image' else ''} {which}", *diagram(steps(config, which))]
         lines += ["", compared(config.model), texts(config)]
+    if isinstance(config.model, Classifier.Config):
+        lines += ["", "the way of an image", *diagram(steps(config, "image"))]
     if isinstance(config.model, PairConfig):
         lines += ["", *fused(config)]
     for kind in walkable(config):
@@ -128,6 +131,9 @@ def _middle(config: VLMConfig, model: Any) -> list[str]:
     """What a page shows between parts and recipe."""
     if isinstance(config.model, DualTower.Config):
         return _compares(config)
+    if isinstance(config.model, Classifier.Config):
+        way = "```\n" + "\n".join(diagram(steps(config, "image"))) + "\n```"
+        return ["## From a picture to its class", way, "A softmax over the scores; the names are `processing.labels`."]
     if isinstance(config.model, PairConfig):
         return ["## What is read, and what comes out", *fused(config)]
     return _writes(config, model)

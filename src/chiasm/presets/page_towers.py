@@ -35,6 +35,8 @@ def steps(config: VLMConfig, which: str) -> list[Step]:
                  (1, *unit)),
             Step(f"encoders.image ({encoder.type})", (1, encoder.count(unit).tokens, encoder.dim)),
         ]  # fmt: skip
+    if not isinstance(model, DualTower.Config):
+        return [*found, Step(f"connectors.{which} ({connector.type}, {connector.pool})", (1, 1, model.classes))]
     pool = getattr(connector, "pool", "attention")
     return [*found, Step(f"connectors.{which} ({connector.type}, {pool})", (1, 1, model.dim)),
             Step("unit length", (1, model.dim))]  # fmt: skip

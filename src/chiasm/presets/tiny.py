@@ -11,7 +11,7 @@ from typing import Any
 from chiasm.errors import ConfigError
 from chiasm.model_config import VLMConfig
 from chiasm.presets.tiny_fused import TYPES, tiny_fused
-from chiasm.presets.tiny_towers import tiny_towers
+from chiasm.presets.tiny_towers import tiny_classifier, tiny_towers
 
 PATCH = 4  # pixels of a tiny patch's side
 QUARTER = 4  # a tiny tower sees a quarter of the patches a side
@@ -36,6 +36,8 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
     """A preset's configuration at tiny size, for a tokenizer of ``vocab`` tokens. Raises ConfigError."""
     if config.model.type == "dual_tower":
         return tiny_towers(config, vocab)
+    if config.model.type == "classifier":
+        return tiny_classifier(config)
     if config.model.type in TYPES:
         return tiny_fused(config, vocab)
     dump = config.dump()

@@ -17,6 +17,16 @@ PICTURES: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_classifier(config: VLMConfig) -> VLMConfig:
+    """A model that classifies pictures at tiny size, with the classes it has labels for, else ten."""
+    dump = config.dump()
+    picture = dump["model"]["encoders"]["image"]
+    picture.update(PICTURES[picture["type"]])
+    dump["processing"]["media"]["image"]["size"] = picture["image_size"]
+    dump["model"]["classes"] = len(dump["processing"]["labels"]) or 10
+    return VLMConfig.parse(dump)
+
+
 def tiny_towers(config: VLMConfig, vocab: int) -> VLMConfig:
     """A model of two towers at tiny size, for a tokenizer of ``vocab`` tokens. Raises ConfigError."""
     dump = config.dump()

@@ -18,7 +18,6 @@ from chiasm.model_config import VLMConfig
 from chiasm.presets.record import Stage, System, published
 from chiasm.processing.image import CLIP_MEAN, CLIP_STD
 
-READ = "`tests/contracts/test_tower_presets.py`"
 VECTORS = (
     "Vectors, scores and the loss of small random models within 1e-5 of transformers', folders in and out. "
     "`tests/parity/test_towers_hf.py`, `tests/parity/test_dual_tower.py`"
@@ -39,12 +38,13 @@ ORDER = (
 BOUND = "The scale's bound of 100 holds in evaluation by itself; openai/CLIP and transformers have it in no model."
 
 
-def _stage(**values: Any) -> Stage:
+def stage(**values: Any) -> Stage:
+    """A stage in which everything learns from captions."""
     known: dict[str, Any] = {"trains": ("*",), "epochs": None, "template": "the caption alone"}
     return Stage(**(known | values))
 
 
-CLIP_STAGE = _stage(
+CLIP_STAGE = stage(
     name="contrast",
     data=("400M pairs of the web (WIT, not published)",),
     lr=5e-4,
@@ -72,7 +72,7 @@ OPEN_CLIP = System(
     released="2022-12",
     reference="open_clip, 89fb801",
     stages=(
-        _stage(
+        stage(
             name="contrast",
             data=("LAION-2B",),
             lr=None,
@@ -86,7 +86,7 @@ OPEN_CLIP = System(
     choices=("Pixels are normalised as OpenAI's; some checkpoints of LAION have other numbers in their own files.",),
     verified=(VECTORS, ORIGINAL, TOKENS),
 )
-_SIGMOID = _stage(
+_SIGMOID = stage(
     name="sigmoid",
     data=("WebLI, English",),
     lr=1e-3,
@@ -114,7 +114,7 @@ SIGLIP_2 = System(
     released="2025-02",
     reference="google-research/big_vision; transformers 5.23",
     stages=(
-        _stage(
+        stage(
             name="sigmoid, captioning, self-distillation",
             data=("WebLI, 109 languages",),
             lr=1e-3,
@@ -139,7 +139,7 @@ ALIGN = System(
     released="2021-02",
     reference="kakaobrain/coyo-align; transformers 5.23",
     stages=(
-        _stage(
+        stage(
             name="contrast",
             data=("1.8B noisy pairs; Kakao Brain's checkpoint: COYO-700M",),
             lr=1e-3,
@@ -165,8 +165,8 @@ LICENCES = {
 
 # ------------------------------------------------------------------------------------------------------------- parts
 
-_READ: dict[str, Any] = {"layer": -1, "select": "cls", "post_norm": "applied"}
-_GELU: dict[str, Any] = _READ | {"activation": "gelu"}
+READ_CLASS: dict[str, Any] = {"layer": -1, "select": "cls", "post_norm": "applied"}
+_GELU: dict[str, Any] = READ_CLASS | {"activation": "gelu"}
 
 
 def _clip(tower: Any, dim: int, text: int, heads: int, depth: int = 12, activation: str = "quick_gelu") -> VLMConfig:
@@ -185,7 +185,7 @@ def _clip(tower: Any, dim: int, text: int, heads: int, depth: int = 12, activati
             },
             "processing": {
                 "template": {"type": "pair", "length": 77, "clean": "clip"},
-                "media": {"image": _image(size, "crop", CLIP_MEAN, CLIP_STD, crop_rounding="round")},
+                "media": {"image": front_end(size, "crop", CLIP_MEAN, CLIP_STD, crop_rounding="round")},
             },
         }
     )
@@ -213,13 +213,14 @@ def _siglip(
             },
             "processing": {
                 "template": {"type": "pair", "length": length, "fill": True, "clean": clean},
-                "media": {"image": _image(tower.image_size, "squash", (0.5,) * 3, (0.5,) * 3)},
+                "media": {"image": front_end(tower.image_size, "squash", (0.5,) * 3, (0.5,) * 3)},
             },
         }
     )
 
 
-def _image(size: int, fit: str, mean: tuple[float, ...], std: tuple[float, ...], **more: Any) -> dict[str, Any]:
+def front_end(size: int, fit: str, mean: tuple[float, ...], std: tuple[float, ...], **more: Any) -> dict[str, Any]:
+    """A picture front end without a placeholder."""
     return {"type": "image", "placeholder": None, "size": size, "fit": fit, "mean": mean, "std": std, **more}
 
 
@@ -238,7 +239,7 @@ def _with_resnet(net: str, dim: int, text: int, heads: int) -> VLMConfig:
 
 
 def _with_vit(tower: Callable[..., ViT.Config], size: int, dim: int, text: int, heads: int) -> VLMConfig:
-    return _clip(tower(size, **_READ), dim, text, heads)
+    return _clip(tower(size, **READ_CLASS), dim, text, heads)
 
 
 def _open_clip(sizes: tuple[int, int, int, int, int, int], dim: int, text: tuple[int, int, int]) -> VLMConfig:
@@ -257,7 +258,7 @@ def _siglip_of(
 Make = Callable[[], VLMConfig]
 
 
-def _enter(name: str, system: System, parameters: int, words: str, make: Make, counted: str = "") -> None:
+def enter(name: str, system: System, parameters: int, words: str, make: Make, counted: str = "") -> None:
     """One preset: a function with its words, entered with its record."""
 
     def function() -> VLMConfig:
@@ -276,7 +277,7 @@ for _name, _net, _dim, _text, _heads, _count in (
     ("clip-rn50x16", "RN50x16", 768, 768, 12, 290_979_217),
     ("clip-rn50x64", "RN50x64", 1024, 1024, 16, 623_258_305),
 ):
-    _enter(
+    enter(
         _name, CLIP, _count, f"CLIP with the residual network {_net}.",
         partial(_with_resnet, _net, _dim, _text, _heads), BY_AUTHORS,
     )  # fmt: skip
@@ -285,11 +286,11 @@ for _name, _tower, _dim, _text, _heads, _count, _words in (
     ("clip-vit-b16", clip_vit_b16, 512, 512, 8, 149_620_737, "CLIP ViT-B/16."),
     ("clip-vit-l14", clip_vit_l14, 768, 768, 12, 427_616_513, "CLIP ViT-L/14."),
 ):
-    _enter(
+    enter(
         _name, CLIP, _count, _words,
         partial(_with_vit, _tower, 224, _dim, _text, _heads),
     )  # fmt: skip
-_enter(
+enter(
     "clip-vit-l14-336", CLIP, 427_944_193, "CLIP ViT-L/14 at 336 pixels: the best of OpenAI's.",
     partial(_with_vit, clip_vit_l14, 336, 768, 768, 12),
 )  # fmt: skip
@@ -298,7 +299,7 @@ for _name, _tower_sizes, _dim, _text_sizes, _count in (
     ("openclip-vit-g14", (224, 14, 1408, 40, 16, 6144), 1024, (1024, 16, 24), 1_366_678_273),
     ("openclip-vit-bigg14", (224, 14, 1664, 48, 16, 8192), 1280, (1280, 20, 32), 2_539_567_105),
 ):
-    _enter(
+    enter(
         _name, OPEN_CLIP, _count, f"OpenCLIP {_name.removeprefix('openclip-')}, trained on LAION-2B; the exact GELU.",
         partial(_open_clip, _tower_sizes, _dim, _text_sizes),
     )  # fmt: skip
@@ -327,12 +328,12 @@ SIGLIP_2_COUNTS = {
 }  # fmt: skip
 for (_net, _size), _count in SIGLIP_COUNTS.items():
     _length = 16 if (_net, _size) == ("so400m-14", 224) else 64
-    _enter(
+    enter(
         f"siglip-{_net}-{_size}", SIGLIP, _count, f"SigLIP {_net} at {_size} pixels; texts of {_length} tokens.",
         partial(_siglip_of, _net, _size, 32000, "siglip", _length),
     )  # fmt: skip
 for (_net, _size), _count in SIGLIP_2_COUNTS.items():
-    _enter(
+    enter(
         f"siglip2-{_net}-{_size}", SIGLIP_2, _count, f"SigLIP 2 {_net} at a fixed {_size} pixels, many languages.",
         partial(_siglip_of, _net, _size, 256000, "lower", 64, SO400M if _net == "giant-16" else None),
     )  # fmt: skip
@@ -348,7 +349,7 @@ for (_net, _size), _count in SIGLIP_2_COUNTS.items():
 )
 def align_base() -> VLMConfig:
     """ALIGN with EfficientNet-B7 and BERT-base, as Kakao Brain trained it."""
-    image = _image(289, "squash", (0.5,) * 3, (0.5,) * 3, shortest_edge=346)
+    image = front_end(289, "squash", (0.5,) * 3, (0.5,) * 3, shortest_edge=346)
     return VLMConfig.parse(
         {
             "model": {

@@ -8,7 +8,7 @@ Papers: CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343). Reference: ``clip.to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ class PairConfig(TemplateConfig):
     """``length``: tokens at most, those that open and end a text included; a longer text loses its end, never its last
     token. ``fill``: every text is made ``length`` tokens long with the padding token, which the tower reads as text
     (SigLIP). ``read``: the last turn that has text (a caption after "describe this"), or the last of the user (a
-    question).
+    question), or no text at all (a model that classifies pictures, whose answer turn is a label).
     """
 
     type: str = "pair"
@@ -31,7 +31,7 @@ class PairConfig(TemplateConfig):
     fill: bool = False
     fill_side: Literal["right", "left"] = "right"
     clean: Cleaning = "none"
-    read: Literal["last", "user"] = "last"
+    read: Literal["last", "user", "none"] = "last"
 
 
 @register("template", "pair")
@@ -48,7 +48,7 @@ class PairTemplate(Template):
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[Piece]:
         """See the contract. Raises DataError for a text of nothing but white space."""
-        for message in reversed(messages):
+        for message in reversed(messages if self.config.read != "none" else ()):
             if self.config.read == "user" and message.role != "user":
                 continue
             if any(isinstance(part, Text) for part in message.parts):
@@ -63,3 +63,8 @@ class PairTemplate(Template):
         ids = [*ids[: self.config.length - len(suffix)], *suffix]
         padding = [pad] * (self.config.length - len(ids)) if self.config.fill else []
         return padding + ids if self.config.fill_side == "left" else ids + padding
+
+
+def reads_nothing(processing: Any) -> bool:
+    """Whether a model with this ``ProcessingConfig`` reads no text at all, so that it needs no tokenizer."""
+    return getattr(processing.template, "read", "") == "none"

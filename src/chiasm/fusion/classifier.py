@@ -1,0 +1,125 @@
+"""One tower and a layer over classes: the plain vision transformer that knows a fixed list of names.
+
+Paper: ViT (arXiv:2010.11929). Reference: ``ViTForImageClassification`` of transformers 5.23, equal to 1e-5 in float32.
+
+Differences by design: the head is an ordinary connector whose width is the number of classes; there is no dropout.
+
+Letters: ``B`` pictures, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from chiasm import registry
+from chiasm.config import part
+from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.fusion.base import Asked, Fusion, FusionConfig
+from chiasm.nn.modes import evaluating
+from chiasm.types import Batch, Count, Layout, Output
+
+SILENT = "a model that classifies pictures writes no text; use classify, or load a model that generates"
+
+
+@registry.register("fusion", "classifier")
+class Classifier(Fusion):
+    """Encoder → connector: a score for each class."""
+
+    class Config(FusionConfig):
+        """``encoders`` and ``connectors`` hold one part each, of one kind of media; ``classes`` is how many there are.
+
+        Their names are the processor's (``processing.labels``).
+        """
+
+        type: str = "classifier"
+        encoders: dict[str, part("encoder")]  # type: ignore[valid-type]
+        connectors: dict[str, part("connector")]  # type: ignore[valid-type]
+        classes: PositiveInt
+
+        @model_validator(mode="after")
+        def _fits(self) -> Classifier.Config:
+            if len(self.encoders) != 1 or self.connectors.keys() != self.encoders.keys():
+                raise ConfigError(
+                    f"classifier: encoders are {', '.join(self.encoders)}, connectors {', '.join(self.connectors)}; "
+                    "give one of each, of the same name"
+                )
+            return self
+
+        @property
+        def kind(self) -> str:
+            """The kind of media that is classified."""
+            return next(iter(self.encoders))
+
+        @property
+        def media(self) -> dict[str, str]:
+            """The kind of media, and its parts' name."""
+            return {self.kind: self.kind}
+
+        def unit_count(self, kind: str, shape: tuple[int, ...]) -> Count:
+            """Vectors of one unit after encoder and connector. Raises ConfigError for a kind it does not take."""
+            if kind not in self.media:
+                raise ConfigError(f"this model takes no {kind}; {nearest(kind, self.media)}")
+            return self.connectors[kind].count(self.encoders[kind].count(shape))
+
+        def count(self, kind: str, layout: Layout) -> int:
+            """None: there is no text for a medium to stand in."""
+            self.unit_count(kind, layout.shape)
+            return 0
+
+    config: Config
+    silent = SILENT
+
+    def __init__(self, config: Config, encoder: Any, connector: Any):
+        super().__init__()
+        self.config = config
+        self.encoders = nn.ModuleDict({config.kind: encoder})
+        self.connectors = nn.ModuleDict({config.kind: connector})
+
+    @classmethod
+    def compose(cls, config: Config) -> Classifier:
+        """The model of a configuration. Raises ConfigError where parts do not fit each other."""
+        tower, head = config.encoders[config.kind], config.connectors[config.kind]
+        encoder = registry.get("encoder", tower.type)(tower)
+        widths = {config.kind: encoder.dim}
+        return cls(config, encoder, registry.get("connector", head.type)(head, in_dims=widths, out_dim=config.classes))
+
+    def check_counts(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare counted with produced vectors of a unit (meta device). Raises ConfigError with both numbers."""
+        for kind, shape in shapes.items():
+            with evaluating(self):
+                tokens = self.encoders[kind](torch.empty(1, *shape, device=self.device))
+                produced = self.connectors[kind](tokens).x.shape[1]
+            counted = self.config.encoders[kind].count(shape).tokens
+            if (counted, 1) != (tokens.x.shape[1], produced):
+                raise ConfigError(
+                    f"encoder {kind!r} counts {counted} tokens for a {kind} of shape {shape} but produces "
+                    f"{tokens.x.shape[1]}, of which the head makes {produced} and should make 1"
+                )
+
+    def classify(self, batch: Batch) -> Tensor:
+        """The batch's pictures → scores of the classes ``[B, C]``, before the softmax. Raises DataError."""
+        kind = self.config.kind
+        media = batch.media.get(kind)
+        if media is None or media.owners != list(range(len(batch.ids))):
+            found = 0 if media is None else len(media.owners)
+            raise DataError(f"sample {batch.ids[0]!r}: {found} {kind}s for {len(batch.ids)} samples; give one to each")
+        features = (media.features or {kind: self.encoders[kind](media.inputs)})[kind]  # [B, N, D]
+        return self.connectors[kind](features).x[:, 0]  # type: ignore[no-any-return]  # [B, C]
+
+    def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:
+        """``batch [B, 0]`` → ``Output``: logits ``[B, C]``, also named ``classes``. ``logits`` is not looked at."""
+        scores = self.classify(batch)  # [B, C]
+        return Output(scores, logits=scores, named={"classes": scores})
+
+    def step(self, ids: Tensor, positions: Tensor, segments: Tensor, cache: Any) -> Tensor:
+        """No text ``[B, V]`` is written: raises ConfigError."""
+        raise ConfigError(SILENT)
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """No text is written: raises ConfigError."""
+        raise ConfigError(SILENT)
