@@ -255,7 +255,7 @@ class Terminal:
         os.close(theirs)
         self.screen, self.text = ours, ""
 
-    def wait(self, pattern: str, seconds: float = 60) -> str:
+    def wait(self, pattern: str, seconds: float = 180) -> str:
         """Read until a pattern has come since the last one."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):
@@ -291,7 +291,7 @@ def test_on_a_terminal(vlm, red: Path, tmp_path: Path):
         terminal.wait("More\\?")
         terminal.type("\x03")  # at any moment: in an answer it is stopped, at the prompt the program ends
         terminal.type("/quit\n")
-        terminal.process.wait(timeout=60)
+        terminal.process.wait(timeout=180)
     finally:
         if terminal.process.poll() is None:
             os.killpg(terminal.process.pid, signal.SIGKILL)
