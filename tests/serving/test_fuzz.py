@@ -147,7 +147,7 @@ def fuzz(running: Running, count: int, seed: int) -> None:
 
 
 def test_some_odd_requests(running: Running):
-    fuzz(running, 300, 0)
+    fuzz(running, 200, 0)
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def spoiled(rng: random.Random, count: int):
 
 
 def test_some_spoiled_files(running: Running):
-    seen = attack(running, spoiled(random.Random(0), 150))
+    seen = attack(running, spoiled(random.Random(0), 100))
     assert seen[200] > 10 and seen[400] > 10, seen
 
 

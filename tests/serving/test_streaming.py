@@ -212,7 +212,7 @@ def test_a_slow_reader_does_not_stop_the_others(vlm):
 
 def test_a_reader_that_takes_nothing_is_given_up(vlm):
     with serving(ready(vlm), limits={"send_seconds": 0.5, "n": 8}) as running:
-        connection = raw(running, stream=True, n=8, logprobs=True, top_logprobs=20, max_tokens=400)
+        connection = raw(running, stream=True, n=8, logprobs=True, top_logprobs=20, max_tokens=200)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         running.idle(30)
         connection.close()

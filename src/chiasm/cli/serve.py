@@ -10,7 +10,7 @@ import click
 
 from chiasm.cli.options import loading
 
-KB, MB = 1 << 10, 1 << 20
+MB = 1 << 20
 
 
 @click.command("serve", context_settings={"auto_envvar_prefix": "CHIASM_SERVE"})
@@ -33,6 +33,9 @@ KB, MB = 1 << 10, 1 << 20
 @click.option("--max-new-tokens", default=4096, show_default=True, type=click.IntRange(1), help="Of an answer.")
 @click.option("--slots", default=8, show_default=True, type=click.IntRange(1), help="Answers written at a time.")
 @click.option("--queue", default=64, show_default=True, type=click.IntRange(0), help="Answers that may wait.")
+@click.option("--max-length", type=click.IntRange(16), help="Tokens of a conversation. Default: the model's limit.")
+@click.option("--prefix-cache", default=1024, show_default=True, type=click.IntRange(0), help="Megabytes.")
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Weights of the language model.")
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 2), help="Where none is asked.")
 @click.option("--drain", default=30.0, show_default=True, type=click.FloatRange(0), help="Seconds after SIGTERM.")
 @click.option("--page/--no-page", default=True, show_default=True, help="The chat page at /.")
@@ -44,6 +47,9 @@ def command(
     ignore_fingerprint: bool,
     slots: int,
     queue: int,
+    max_length: int | None,
+    prefix_cache: int,
+    quantize: str | None,
     **settings: Any,
 ) -> None:
     """Serve MODEL (a folder or hub name) at http://HOST:PORT/v1, each under its NAME or its last path component.
@@ -68,7 +74,9 @@ def command(
         name, path = _named(word)
         if name in served:
             raise click.UsageError(f"two models are called {name!r}; name them: first=FOLDER second=FOLDER")
-        served[name] = Served(name, _loader(path, device, dtype, ignore_fingerprint, slots, queue))
+        service: dict[str, Any] = {"slots": slots, "max_queue_requests": queue, "max_length": max_length}
+        service |= {"prefix_cache_bytes": prefix_cache * MB, "quantize": quantize}
+        served[name] = Served(name, _loader(path, device, dtype, ignore_fingerprint, service))
     click.echo(f"http://{options.host}:{options.port}/v1  " + "  ".join(served))
     raise SystemExit(run(create_app(served, options), options))
 
@@ -106,7 +114,7 @@ def _named(word: str) -> tuple[str, str]:
     return Path(word).resolve().name if Path(word).is_dir() else word, word
 
 
-def _loader(path: str, device: str | None, dtype: str | None, ignore: bool, slots: int, queue: int) -> Any:
+def _loader(path: str, device: str | None, dtype: str | None, ignore: bool, settings: dict[str, Any]) -> Any:
     def load() -> tuple[Any, Any]:
         from chiasm.cli.options import open_model
         from chiasm.infer.service import Service
@@ -114,7 +122,7 @@ def _loader(path: str, device: str | None, dtype: str | None, ignore: bool, slot
         vlm = open_model(path, device, dtype, ignore)
         if hasattr(vlm.model, "embed_images"):
             return None, vlm
-        service = Service(vlm, slots=slots, max_queue_requests=queue)
+        service = Service(vlm, **settings)
         service.start()
         return service, vlm
 
