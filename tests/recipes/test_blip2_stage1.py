@@ -13,6 +13,7 @@ from rich.console import Console
 from test_distributed import Kept, apart, samples, stage
 from tiny_run import CHARACTERS, renderer, tokenizer_folder
 
+from chiasm.errors import ConfigError
 from chiasm.train import distributed
 from chiasm.train.distributed import ALONE
 from chiasm.vlm import VLM, build
@@ -109,6 +110,17 @@ def test_a_rank_without_a_sample(tmp_path: Path):
     for result in (first, second):
         for got, wanted in zip(result["gradients"], alone[0]["gradients"], strict=True):
             assert apart(got, wanted) <= 2e-6
+
+
+def in_pieces(folder: Path) -> str:
+    with distributed.started("cpu", "shard", patience=30) as ranks:
+        with pytest.raises(ConfigError) as told:
+            run(folder, ranks)
+        return str(told.value)
+
+
+def test_a_model_in_pieces_is_refused(tmp_path: Path):
+    assert all("set parallel: replicate" in told for told in launch(2, in_pieces, tmp_path))
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path):

@@ -78,6 +78,11 @@ class Stage1(StepObjective):
                 "objective 'blip2_stage1' trains a model of type 'query_text', got "
                 f"{type(model).__name__}: it needs the heads of the first stage"
             )
+        if hasattr(model.bridge.queries, "full_tensor"):
+            raise ConfigError(
+                "objective 'blip2_stage1' runs its tasks apart, on the whole model, but this rank holds a piece of it: "
+                "set parallel: replicate"
+            )
         tokens, text = model.look(batch), model.text(batch)
         images, texts = model.apart(tokens, text)  # [n, K, d], [n, d]
         vectors = {"image": images.flatten(1), "text": texts}
