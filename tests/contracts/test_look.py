@@ -23,6 +23,7 @@ from chiasm.nn.cross_attention import CrossAttention
 from chiasm.nn.masks import causal
 from chiasm.nn.quant import Quantized
 from chiasm.nn.watch import shares
+from chiasm.presets.tiny import tiny
 from chiasm.processing.view import View
 from chiasm.report.inspection import walk
 from chiasm.report.inspection_page import write_page
@@ -294,6 +295,23 @@ def test_a_decoder_tells_the_shares_that_transformers_tells():
     for last, layers in ((1, expected[2:]), (2, expected[1:]), (None, expected[2:])):
         found = ours.shares(ours.embed(ids), places, segments, rows, last)
         torch.testing.assert_close(found, torch.stack(layers).mean(0).mean(1)[:, rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["blip2-opt-2.7b", "blip2-flan-t5-xl"])
+def test_language_models_of_transformers_tell_their_gradient(name: str):
+    """A decoder, and an encoder-decoder whose answer stands on the decoder's side."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vlm = chiasm.build(tiny(chiasm.preset(name), vocab=1024), tokenizer=TOKENIZER)
+    first, second = (picture((64, 32), box) for box in ((0, 0, 20, 20), (40, 8, 60, 30)))
+    found = [vlm.look(ask(image), "A red square.", word="red") for image in (first, second)]
+    assert [look.method for look in found] == ["gradient", "gradient"] and found[0].word.text == "red"
+    assert all(0.5 < float(look.heats[0].values.sum()) <= 1.0001 for look in found)  # the class vector has no place
+    assert not torch.equal(found[0].heats[0].values, found[1].heats[0].values)
+    with pytest.raises(ConfigError, match="gradient"):
+        vlm.look(ask(first), "A red square.", method="attention")
+    stages = {stage.name for stage in walk(vlm, ask(first), max_new_tokens=0).stages}
+    assert {"image / queries", "logits"} <= stages
 
 
 def test_query_attention_goes_on_to_the_patches():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from chiasm.report.looking import Looked, by_queries, looked
-from chiasm.types import MediaItem, Sample, Tokens
+from chiasm.types import Batch, MediaItem, Sample, Tokens
 
 if TYPE_CHECKING:
     from chiasm.vlm import VLM
@@ -80,7 +80,7 @@ def walk(
     it) for which it is told where the model looked. Raises what rendering and looking raise.
     """
     sample = vlm.processor(messages, id=name, add_generation_prompt=not train, train=train)
-    batch = vlm.processor.collate([sample])
+    batch = _begun(vlm.processor.collate([sample]), getattr(vlm.model, "lm", None))
     model = vlm.model
     was_training = model.training
     model.eval()
@@ -109,6 +109,14 @@ def walk(
             "trained tokens": sum(row.trained for row in tokens),
         },
     )
+
+
+def _begun(batch: Batch, lm: Any) -> Batch:
+    """A prompt of an encoder-decoder model, with the decoder's side at its beginning."""
+    if not getattr(lm, "encoder_decoder", False) or batch.target_ids is not None:
+        return batch
+    start = batch.input_ids.new_full((len(batch.input_ids), 1), lm.start_id)  # [B, 1]
+    return replace(batch, target_ids=start, target_mask=torch.ones_like(start, dtype=torch.bool))
 
 
 def token_rows(vlm: VLM, sample: Sample) -> list[TokenRow]:
