@@ -307,6 +307,14 @@ def test_saved_again_and_exported(made: Any, ours: Any, tmp_path: Path):
     assert all(torch.equal(back[k], v) for k, v in ours.state_dict().items())
 
 
+def test_older_files_name_the_square_by_one_number(made: Any, ours: Any, tmp_path: Path):
+    shutil.copytree(made.folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "preprocessor_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if k != "size"} | {"image_size": 28}))
+    assert chiasm.load(tmp_path / "copy").config.processing == ours.config.processing
+
+
 def test_what_is_refused(made: Any, ours: Any, tmp_path: Path):
     shutil.copytree(made.folder, tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"

@@ -82,7 +82,9 @@ class HFIdefics(Reader):
         where, c = str(folder), _TOP | dict(values)
         tokenizer = Tokenizer.from_folder(folder)
         tables = processor_values(folder)
-        image = read_image(tables["image"], "<image>", "IdeficsImageProcessor", where)
+        side = tables["image"].get("image_size")  # older folders name the square by one number
+        square = {} if side is None else {"size": {"height": side, "width": side}}
+        image = read_image(square | tables["image"], "<image>", "IdeficsImageProcessor", where)
         spoken = END in tokenizer.specials
         for token in ("<image>", "<fake_token_around_image>"):
             if token not in tokenizer.specials:
