@@ -29,7 +29,8 @@ def test_exact(tmp_path: Path, monkeypatch, spread, queries):
     x[5] = x[1200]  # equal vectors: the lower row comes first
     store = Exact(tmp_path, "x", 24, 0, cut=True)
     assert store.add(x[:900]) == range(900) and store.add(x[900:]) == range(900, 2000)
-    removed = [0, 7, 1999, 301]
+    removed = [0, 7, 1999, 301, *range(703, 1199)]  # of the second block few are left
+    removed += [r for r in range(1201, 1398) if r % 50]
     store.remove(removed)
     asked = torch.cat([x[1200:1201], clouds(39, 24, 1.0)])[:queries]
     scores, rows = store.search(asked, 12)
@@ -38,8 +39,9 @@ def test_exact(tmp_path: Path, monkeypatch, spread, queries):
     assert torch.allclose(scores, wanted.topk(12).values, atol=1e-6)
     assert torch.allclose(wanted.gather(1, rows), scores, atol=1e-6)
     assert rows[0, :2].tolist() == [5, 1200] or spread == 0.001
+    assert not set(rows.flatten().tolist()) & set(removed)
     again = Exact(tmp_path, "x", 24, 2000, removed)
-    assert torch.equal(again.search(asked, 12)[1], rows) and len(again) == 1996
+    assert torch.equal(again.search(asked, 12)[1], rows) and len(again) == 2000 - len(removed)
 
 
 def test_few_vectors_are_read(tmp_path: Path):

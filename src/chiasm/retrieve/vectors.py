@@ -142,14 +142,19 @@ class Exact:
         code, step, loss = narrowed(query.unsqueeze(0))  # [1, D], [1], [1]
         products = torch._int_mm(self.codes[span], code.T.contiguous()).squeeze(1)  # [block]
         steps, losses = self.losses[span].unbind(1)  # [block] each
-        about = products * (steps * step)  # [block]
-        # |q·x - q'·x'| ≤ |q| |x - x'| + |x'| |q - q'|, and |x'| ≤ 1 + |x - x'|; a little more for rounding.
-        room = losses * query.norm() + (1.0 + losses) * loss + 1e-5  # [block]
-        sure, possible = about - room, about + room
-        sure[self.hidden[span]] = possible[self.hidden[span]] = -torch.inf
-        floor = max(least, float(sure.topk(k).values[-1]) if k <= len(sure) else -torch.inf)
-        rows = (possible >= floor).nonzero()[:, 0]  # [c]
-        rows = rows[~self.hidden[span][rows]]
+        about = products * steps  # [block], in units of ``step``
+        hidden = self.hidden[span] if self.removed else None
+        if hidden is not None:
+            about[hidden] = -torch.inf
+        first, bar = about.topk(min(k, len(about))), least
+        if len(first.values) == k and float(first.values[-1]) > -torch.inf:  # k real ones: what is below all of them
+            bar = max(least, float((self.vectors[span][first.indices] @ query).min()))  # is not among the best k
+        # |q·x - q'·x'| ≤ |q| |x - x'| + |x'| |q - q'|, and |x'| ≤ |x| + |x - x'|; a little more for rounding.
+        worst = losses.max()
+        room = worst * query.norm() + (1.0 + worst) * loss + 1e-5  # [1]
+        rows = (about >= (bar - room) / step).nonzero()[:, 0]  # [c]
+        if hidden is not None:
+            rows = rows[~hidden[rows]]
         return self.vectors[span][rows] @ query, rows + span.start
 
     def blocks(self, size: int = BLOCK) -> Iterator[tuple[Tensor, Tensor]]:
