@@ -21,7 +21,7 @@ from chiasm.serve.content import Outline
 from chiasm.serve.errors import ApiError, internal, refused
 from chiasm.serve.flow import Flow
 from chiasm.serve.options import Served
-from chiasm.serve.reply import Head, choice, delta, fingerprint, logprob_content, usage
+from chiasm.serve.reply import Head, choice, delta, logprob_content, usage
 from chiasm.serve.sampling import constraint, sampling
 from chiasm.serve.schema import ChatRequest
 from chiasm.serve.send import PING, Stream, Whole, sse
@@ -35,6 +35,7 @@ async def completions(request: Request) -> Response:
     with ExitStack() as stack:
         stack.enter_context(state.admitted())
         job = await _submitted(request, state)
+        stack.callback(job.flow.cancel)  # also where the client is gone before the first step of the answer
         rest = state.metrics, stack.pop_all().close, state.options.limits.send_seconds, job.tooling.headers
         return Stream(job.events, *rest) if job.wanted.stream else Whole(job.whole, *rest)
 
@@ -48,7 +49,7 @@ async def _submitted(request: Request, state: State) -> Job:
         tooling = Tooling.of(served, wanted)
         outline = content.read(wanted.messages, state.options.limits)
         _roomy(state, served, wanted.answers)
-        head = Head(served.name, fingerprint(served.vlm))
+        head = Head(served.name, served.fingerprint)
         salt = getattr(request.state, "salt", "") + (wanted.cache_salt or "")
         found = await state.gate.bring(outline.wanted)
         with state.hold(sum(map(len, found))):

@@ -49,7 +49,7 @@ async def embeddings(request: Request) -> Response:
             found = await state.gate.bring(wanted)
             with state.hold(sum(map(len, found))):
                 async with state.opening:
-                    vectors = await anyio.to_thread.run_sync(_embed, state, served, items, wanted, found)
+                    vectors, tokens = await anyio.to_thread.run_sync(_embed, state, served, items, wanted, found)
     if asked.dimensions not in (None, len(vectors[0])):
         text = f"dimensions is {asked.dimensions}; the vectors of this model have {len(vectors[0])}"
         raise ApiError(400, text, "dimensions")
@@ -57,7 +57,6 @@ async def embeddings(request: Request) -> Response:
         {"object": "embedding", "index": i, "embedding": _written(vector, asked.encoding_format)}
         for i, vector in enumerate(vectors)
     ]
-    tokens = sum(_length(served, item) for item in items)
     told = {"prompt_tokens": tokens, "total_tokens": tokens}
     answer = {"object": "list", "data": data, "model": served.name, "usage": told}
     return Response(dumps(answer), media_type="application/json")
@@ -79,8 +78,8 @@ def _items(values: Any, limits: Limits) -> tuple[list[str | int], list[Wanted]]:
 
 def _embed(
     state: State, served: Served, items: list[str | int], wanted: list[Wanted], found: list[bytes]
-) -> list[list[float]]:
-    """One vector an item. Blocks."""
+) -> tuple[list[list[float]], int]:
+    """One vector an item, and the tokens of the texts. Blocks."""
     pictures = state.gate.decode(wanted, found)
     texts = [item for item in items if isinstance(item, str)]
     try:
@@ -89,7 +88,8 @@ def _embed(
             of_pictures = iter(served.vlm.embed(images=pictures).tolist() if pictures else [])
     except ChiasmError as error:
         raise refused(error) from None
-    return [next(of_texts) if isinstance(item, str) else next(of_pictures) for item in items]
+    tokens = sum(len(served.vlm.tokenizer.encode(text)) for text in texts)
+    return [next(of_texts) if isinstance(item, str) else next(of_pictures) for item in items], tokens
 
 
 def _written(vector: list[float], form: str) -> Any:
@@ -98,7 +98,3 @@ def _written(vector: list[float], form: str) -> Any:
     import numpy as np
 
     return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
-
-
-def _length(served: Served, item: str | int) -> int:
-    return len(served.vlm.tokenizer.encode(item)) if isinstance(item, str) else 0

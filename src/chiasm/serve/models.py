@@ -73,6 +73,8 @@ async def tokenize(request: Request) -> Response:
                 raise ApiError(400, "the prompt is too long", "prompt", "context_length_exceeded")
             ids = await anyio.to_thread.run_sync(served.vlm.tokenizer.encode, prompt)
             return json({"count": len(ids), "tokens": ids})
+        if not served.can_chat:
+            raise ApiError(400, "this model writes no answers: give it a prompt", "messages")
         messages = await content.open_messages(request, values.get("messages"))
         try:
             return json({"count": await anyio.to_thread.run_sync(served.service.count, messages)})

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from chiasm import __version__
 from chiasm.config import Config
 
 MB = 1 << 20
@@ -112,6 +113,7 @@ class Served:
         self.service: Any = None
         self.vlm: Any = None
         self.error: Exception | None = None
+        self.fingerprint = f"chiasm-{__version__}"  # changes with this package and the model's configuration
         self.embedding = threading.Lock()  # one batch of embeddings at a time
 
     @classmethod
@@ -126,6 +128,8 @@ class Served:
         try:
             self.service, vlm = self._load()
             self.vlm = getattr(self.service, "vlm", None) if vlm is None else vlm
+            if hasattr(self.vlm, "config"):
+                self.fingerprint = f"chiasm-{__version__}-{self.vlm.config.hash()}"
             self.state = "ready"
         except Exception as error:  # whatever a loader raises, the other models go on
             self.error, self.state = error, "failed"

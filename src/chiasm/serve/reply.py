@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chiasm import __version__
-
 UNLIKELY = -9999.0  # what OpenAI writes for minus infinity
 
 
@@ -42,11 +40,6 @@ class Head:
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
-
-
-def fingerprint(vlm: Any) -> str:
-    """Changes with this package and with the model's configuration."""
-    return f"chiasm-{__version__}-{vlm.config.hash() if hasattr(vlm, 'config') else '0'}"
 
 
 def choice(index: int, text: str, logprobs: Any, reason: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
