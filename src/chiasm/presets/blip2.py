@@ -51,6 +51,15 @@ TINY = (
     "The tiny form: a batch of one picture, none and two equals each alone, and an answer depends on its own picture "
     "only; every parameter that runs gets a gradient. `tests/contracts/test_presets.py`"
 )
+FIRST = (
+    "The first stage: matching and contrast within 1e-5 and their gradients within 1e-4 of transformers' "
+    "`Blip2ForImageTextRetrieval`, the three losses equal to the paper's formulas in float64, two ranks the step of "
+    "one. `tests/parity/test_query_text.py`, `tests/recipes/test_blip2_stage1.py`"
+)
+LAVIS = (
+    "LAVIS's files, in and out, by its names written down from its source: the logits of a random model of "
+    "transformers given those names. `tests/parity/test_lavis.py`"
+)
 STAGE_1 = Stage(
     name="represent",
     data=("129M pictures: COCO, Visual Genome, CC3M, CC12M, SBU, LAION (the public recipe: COCO and Visual Genome)",),
@@ -97,14 +106,15 @@ def _system(second: Stage) -> System:
             SCHEDULE,
             "Dropout in the Q-Former is 0 (LAVIS: BERT's 0.1); `model.connectors.image.dropout=0.1` gives it back.",
             "The end of an answer is learned and stops generation: a line break after OPT, as in LAVIS; the token that "
-            "OPT opens its text with is not learned (LAVIS, which masks padding only, learns it from the last query).",
+            "OPT opens its text with is not learned (LAVIS, which masks padding only, learns it from the last query). "
+            "That token stands once: after the pictures, or first of all where there is none, as in transformers.",
         ),
         choices=(
             "The prefix and the rest that a caption is split into for Flan-T5 are not published with the code: user "
             "text is the encoder's side, the answer the decoder's, and a caption without a prefix has an empty user "
             "text.",
         ),
-        verified=(TOWER, QFORMER, WHOLE, TINY),
+        verified=(TOWER, QFORMER, WHOLE, FIRST, LAVIS, TINY),
     )
 
 

@@ -14,6 +14,7 @@ from chiasm.presets.blip2 import (
     CODE,
     DTYPE,
     FLAN,
+    LAVIS,
     LICENCE,
     SCHEDULE,
     STAGE_2,
@@ -66,7 +67,8 @@ INSTRUCT_BLIP = System(
     ),
     choices=(
         "A model trained from BLIP-2 must be given the text half of its first stage: the second stage dropped it, "
-        "and a random one would read nothing.",
+        "and a random one would read nothing. A recipe names both: `connectors.image.text_half` and "
+        "`connectors.image.query_half` among its weights.",
     ),
     verified=(
         TOWER,
@@ -74,6 +76,7 @@ INSTRUCT_BLIP = System(
         "`InstructBlipQFormerModel`, padded instructions too. `tests/parity/test_qformer.py`",
         "The whole model: ids of both vocabularies, logits within 1e-5, gradients within 1e-4 and the same text as "
         "transformers' class, read from a folder that it wrote. `tests/parity/test_blip2_hf.py`",
+        LAVIS,
         TINY,
     ),
 )
