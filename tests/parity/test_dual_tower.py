@@ -102,3 +102,32 @@ def test_embeddings_and_logits(name: str, rng: torch.Generator):
     torch.testing.assert_close(out.named["logits_per_text"], expected.logits_per_text, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.embed_images(given), expected.image_embeds, atol=1e-5, rtol=1e-5)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in hf.parameters())
+
+
+def test_fresh_towers_start_as_openai_publishes_them():
+    """CLIP from nothing: deviations by the published formulas, not those of the port, where two are exchanged."""
+    torch.manual_seed(0)
+    dim, depth = 256, 4
+    values = clip().dump()
+    values["encoders"]["image"].update(dim=dim, heads=4, mlp=4 * dim, depth=depth, image_size=64, patch=8)
+    values["encoders"]["text"].update(dim=dim, heads=4, mlp=4 * dim, depth=depth, vocab=2000, positions=77)
+    model = build_model(DualTower.Config.parse(values))
+    found = {name: float(tensor.detach().std()) for name, tensor in model.named_parameters() if tensor.ndim > 1}
+    layer = torch.nn.MultiheadAttention(dim, 4)
+    expected = {
+        "encoders.text.embedding.weight": 0.02,
+        "encoders.text.positions": 0.01,
+        "encoders.text.blocks.1.attn.q.weight": dim**-0.5,
+        "encoders.text.blocks.1.attn.out.weight": dim**-0.5 * (2 * depth) ** -0.5,
+        "encoders.text.blocks.1.mlp.fc1.weight": (2 * dim) ** -0.5,
+        "encoders.text.blocks.1.mlp.fc2.weight": dim**-0.5 * (2 * depth) ** -0.5,
+        "connectors.text.proj.weight": dim**-0.5,
+        "connectors.image.proj.weight": dim**-0.5,
+        "encoders.image.positions": dim**-0.5,
+        "encoders.image.blocks.2.attn.q.weight": float(layer.in_proj_weight.detach().std()),
+        "encoders.image.blocks.2.attn.out.weight": float(layer.out_proj.weight.detach().std()),
+        "encoders.image.blocks.2.mlp.fc1.weight": float(torch.nn.Linear(dim, 4 * dim).weight.detach().std()),
+    }
+    for name, deviation in expected.items():
+        assert found[name] == pytest.approx(deviation, rel=0.03), name
+    assert float(model.scale().detach()) == pytest.approx(1 / 0.07, rel=1e-5)

@@ -4,8 +4,8 @@ Paper: CLIP (arXiv:2103.00020, section 2.4). Reference: ``ModifiedResNet`` of op
 float32 with the same weights. Its attention pooling is the connector ``clip_pool``.
 
 Differences by design: the map before the pooling is what the tower gives, so that a connector may read it whole.
-Initialisation: convolutions by He et al. (arXiv:1502.01852) for the outputs, norms 1 and 0, and the last norm of every
-block 0, so that a block starts as its shortcut.
+Initialisation: convolutions by He et al. (arXiv:1502.01852) for the outputs (OpenAI leaves torch's own), norms 1 and 0,
+and the last norm of every block 0, so that a block starts as its shortcut.
 
 Letters: ``U`` pictures, ``C`` channels.
 """

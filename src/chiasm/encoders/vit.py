@@ -7,7 +7,9 @@ every hidden state (the last one of ``Blip2VisionModel``).
 Differences by design: blocks after the layer that is read are built, so that parameters are those of the published
 model, but never run; a picture of another size than ``image_size`` gets interpolated positions without being asked;
 there is no dropout; SigLIP's pooling head is not part of the tower. Initialisation: normal of deviation 0.02 cut at two
-deviations for every weight, the class vector and the positions; biases 0; norms 1 and 0.
+deviations for every weight, the class vector and the positions; biases 0; norms 1 and 0. A tower with CLIP's norm
+before its blocks starts as OpenAI's: class vector and positions of deviation ``D^-0.5``, everything else as torch's
+``MultiheadAttention``, ``Linear`` and ``Conv2d`` start (the port in transformers starts otherwise).
 
 Letters: ``U`` pictures, ``N`` patches (and the class vector where it is kept), ``D`` width.
 """
@@ -133,11 +135,26 @@ class ViT(Encoder):
 
     def reset_parameters(self) -> None:
         """Fresh weights, as the head of this file says."""
+        if self.config.pre_norm:
+            return self._as_openai()
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 or name == "cls":
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def _as_openai(self) -> None:
+        """What ``nn.MultiheadAttention`` does to its one matrix of queries, keys and values, and torch's own starts."""
+        for vectors in (self.cls, self.positions):
+            if vectors is not None:
+                nn.init.normal_(vectors, std=self.dim**-0.5)
+        bound = (6 / (3 * self.dim + self.dim)) ** 0.5
+        for block in self.blocks:
+            attn: Any = block.attn
+            for layer in (attn.q, attn.k, attn.v):
+                nn.init.uniform_(layer.weight, -bound, bound)
+                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(attn.out.bias)
 
     def forward(self, inputs: Tensor) -> Tokens:
         """``inputs [U, channels, height, width]`` → ``Tokens(x [U, N, D])``. Raises DataError at another shape."""

@@ -256,7 +256,9 @@ def _recipe(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
     ]
 
 
-def _warmup(share: float) -> str:
+def _warmup(share: float | None) -> str:
+    if share is None:
+        return "an unpublished"
     return f"{share:.0%}" if share < 1 else f"{share:,.0f} steps of"
 
 
@@ -266,6 +268,10 @@ def _counted(record: Preset, total: int) -> str:
     if record.transformers:
         number, rows = record.transformers
         words += f" The checkpoint in the transformers layout has {number:,}, with {rows:,} rows of vocabulary."
+    if isinstance(record.function().model, DualTower.Config | Classifier.Config):
+        return words + " `tests/contracts/test_tower_presets.py`"
+    if isinstance(record.function().model, PairConfig):
+        return words + " `tests/contracts/test_fused_presets.py`"
     return words + " `tests/contracts/test_presets.py`"
 
 

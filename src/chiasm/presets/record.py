@@ -38,7 +38,7 @@ class Stage:
     source: str
     rates: Mapping[str, float] = field(default_factory=dict)
     schedule: str = "cosine"
-    warmup: float = 0.03  # a share of all steps; from 1 on: a number of steps
+    warmup: float | None = 0.03  # a share of all steps; from 1 on: a number of steps; None: not published
     last_lr: float = 0.0
     weight_decay: float = 0.0
 

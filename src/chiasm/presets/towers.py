@@ -79,6 +79,7 @@ OPEN_CLIP = System(
             batch=None,
             max_length=77,
             source="the paper: rates and batches by size",
+            warmup=None,
             weight_decay=0.2,
         ),
     ),
@@ -93,7 +94,7 @@ _SIGMOID = stage(
     batch=32768,
     max_length=64,
     source="the paper, appendix: ScalingViT-Adafactor, beta2 0.95",
-    warmup=20000,
+    warmup=None,
     weight_decay=1e-4,
 )
 SIGLIP = System(
@@ -121,7 +122,7 @@ SIGLIP_2 = System(
             batch=32768,
             max_length=64,
             source="the paper, section 2 (the sigmoid part; its decoder and teacher are not in the checkpoints)",
-            warmup=20000,
+            warmup=None,
             weight_decay=1e-4,
         ),
     ),
