@@ -61,9 +61,11 @@ def seer(front: dict[str, Any], merge: dict[str, Any], connector: dict[str, Any]
     """A model that attends to what is red: its queries are constant, its keys are the redness that arrives."""
     lm = {"type": "decoder", "vocab": 1024, "dim": DIM, "depth": 2, "heads": 1, "mlp": 32, "max_positions": 2048}
     lm |= {"qkv_bias": True, "rope_theta": 1e30}
+    fusion, gates = stream.pop("fusion", "splice"), stream.pop("gates", {})
     config = {
         "model": {
-            "type": "splice",
+            "type": fusion,
+            **gates,
             "encoders": {"image": {"type": "test_redness"}},
             "connectors": {"image": connector or {"type": "linear"}},
             "lm": lm,
@@ -89,8 +91,9 @@ def seer(front: dict[str, Any], merge: dict[str, Any], connector: dict[str, Any]
         linear = [m for m in model.connectors["image"].modules() if isinstance(m, nn.Linear)][-1]
         linear.weight.zero_()
         linear.bias.zero_()
-        linear.weight[0] = 4.0  # redness → channel 0
-        linear.bias[1] = 1.0
+        if fusion == "splice":
+            linear.weight[0] = 4.0  # redness → channel 0
+            linear.bias[1] = 1.0
         for layer in model.lm.layers:
             layer.attn.q_proj.weight.zero_()
             layer.attn.k_proj.weight.zero_()
@@ -295,6 +298,29 @@ def test_a_decoder_tells_the_shares_that_transformers_tells():
     for last, layers in ((1, expected[2:]), (2, expected[1:]), (None, expected[2:])):
         found = ours.shares(ours.embed(ids), places, segments, rows, last)
         torch.testing.assert_close(found, torch.stack(layers).mean(0).mean(1)[:, rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["attention", "gradient"])
+def test_gated_blocks_look_at_the_last_picture(method: str):
+    """Media beside the sequence: the positions that write a word look at them through cross-attention."""
+    gates = {"placement": {"every": 1}, "blocks": {"heads": 1, "head_dim": 8, "gate_start": 1.0}}
+    vlm = seer({"fit": "squash"}, {"type": "flat"}, {"type": "linear"}, fusion="cross_attention", gates=gates)
+    with torch.no_grad():
+        vlm.model.connectors["image"].proj.weight.fill_(4.0)
+        vlm.model.connectors["image"].proj.bias.zero_()
+        for block in vlm.model.cross:
+            block.attn_norm.weight.zero_()
+            block.attn_norm.bias.fill_(1.0)
+            block.q.weight.fill_(0.3)
+            block.k.weight.fill_(1.0)
+    box = (48, 16, 64, 32)
+    images = picture((64, 64), (0, 40, 16, 56)), picture((64, 64), box)
+    first, second = vlm.look(ask(*images), "A red square.", word=1, method=method).heats
+    assert inside(second, box) > 0.95
+    if method == "attention":  # the blocks see the last picture only
+        assert float(first.values.sum()) == 0 and second.share == pytest.approx(1.0)
+    else:  # positions before it saw the first picture, and are attended to
+        assert 0 < first.share < 0.01
 
 
 @pytest.mark.parametrize("name", ["blip2-opt-2.7b", "blip2-flan-t5-xl"])

@@ -97,8 +97,7 @@ class GatedBlock(nn.Module):
     def forward(self, x: Tensor, media: Tensor | KeysValues, sight: Sight) -> Tensor:
         """``x [B, T, D]``, ``media [B, L, D_media]`` or its keys and values → ``[B, T, D]``."""
         k, v = self.keys_values(media) if isinstance(media, Tensor) else media  # [B, H, L, Dh]
-        q = self._heads(self.q(self.attn_norm(x)))  # [B, H, T, Dh]
-        q = q if self.q_norm is None else self.q_norm(q)
+        q = self.queries(x)  # [B, H, T, Dh]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask)  # [B, H, T, Dh]
         found = self.out(mixed.transpose(1, 2).flatten(2)).masked_fill(sight.blind, 0)  # [B, T, D]
         x = x + self.attn_gate.tanh() * found
@@ -106,6 +105,11 @@ class GatedBlock(nn.Module):
         if self.config.silent == "block":
             inner = inner.masked_fill(sight.blind, 0)
         return x + self.mlp_gate.tanh() * inner
+
+    def queries(self, x: Tensor) -> Tensor:
+        """``x [B, T, D]`` → what is compared with the keys ``[B, H, T, Dh]``."""
+        q = self._heads(self.q(self.attn_norm(x)))  # [B, H, T, Dh]
+        return q if self.q_norm is None else self.q_norm(q)
 
     def keys_values(self, media: Tensor) -> KeysValues:
         """``media [B, L, D_media]`` → keys and values ``[B, H, L, Dh]``: what a cache keeps."""

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chiasm.fusion.cross_attention import CrossAttention as Gated
+from chiasm.fusion.gated import GatedBlock, Sight
 from chiasm.fusion.splice import Splice
 from chiasm.nn.cross_attention import CrossAttention
 from chiasm.nn.watch import shares
 from chiasm.processing.base import Place
 from chiasm.processing.view import View
-from chiasm.types import Count, MediaBatch, MediaItem, Tokens
+from chiasm.types import Batch, Count, MediaBatch, MediaItem, Tokens
 
 CANVAS = 128  # cells on the longer side of the map laid over a picture
 
@@ -80,24 +82,54 @@ class watched:
     Only calls of the thread that opened it count: a server may run the same module in another one.
     """
 
+    kind: type[nn.Module] = CrossAttention
+
     def __init__(self, module: nn.Module, keep: Any):
         self.module, self.keep, self.thread = module, keep, threading.get_ident()
 
     def __enter__(self) -> None:
-        parts = [part for part in self.module.modules() if isinstance(part, CrossAttention)]
-        self.handles = [part.register_forward_pre_hook(self._look, with_kwargs=True) for part in parts]
+        parts = [part for part in self.module.modules() if isinstance(part, self.kind)]
+        self.handles = [part.register_forward_pre_hook(self._seen, with_kwargs=True) for part in parts]
 
     def __exit__(self, *_: Any) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _look(self, part: CrossAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != self.thread:
-            return
-        names = dict(zip(("x", "source", "mask"), args)) | kwargs
-        asked, source = names["x"], names.get("source")
-        q, k = part.compared(asked, source)
-        self.keep(asked, source, shares(q, k, names.get("mask")).mean(dim=1))
+    def _seen(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == self.thread:
+            self.look(part, *args, **kwargs)
+
+    def look(
+        self, part: Any, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None, *_: Any, **rest: Any
+    ) -> None:
+        """What a call of ``part`` with these arguments attends to."""
+        q, k = part.compared(x, source)
+        self.keep(x, source, shares(q, k, mask).mean(dim=1))
+
+
+class watched_gates(watched):
+    """The same for the gated blocks between a language model's layers, which look at media."""
+
+    kind = GatedBlock
+
+    def look(self, part: Any, x: Tensor, media: Any, sight: Sight) -> None:  # type: ignore[override]
+        """Positions that see no medium share nothing."""
+        k, _ = part.keys_values(media) if isinstance(media, Tensor) else media
+        seen = shares(part.queries(x), k, sight.mask).mean(dim=1)  # [B, T, L]
+        self.keep(x, media, seen.masked_fill(sight.blind, 0))
+
+
+def through_gates(model: Gated, batch: Batch, rows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    """How the positions ``rows`` of a batch of one look at each medium through the gated blocks: ``[M]`` for each.
+
+    Media are in the order of their kinds. Also the run's intermediates. Blocks and positions are averaged.
+    """
+    found: list[Tensor] = []
+    with torch.no_grad(), watched_gates(model.cross, lambda x, media, seen: found.append(seen[0, rows].mean(dim=0))):
+        named = model(batch, logits=None).named
+    lengths = [length for _, length, _ in named["media"][0]]
+    each = torch.stack(found).mean(dim=0)  # [L]
+    return list(each[: sum(lengths)].split(lengths)), named
 
 
 def on_grid(values: Tensor, tokens: Tokens) -> Tensor | None:

@@ -1,10 +1,11 @@
 """Where a model looks when it writes a word: heat over the pictures of a conversation, for a word of its answer.
 
 Two ways to ask. ``attention``: how the positions that write the word share their attention, mean of the heads of the
-upper layers (``LM.shares``); through queries, their own attention over the patches goes on from there (the product of
-the two, as in attention rollout, arXiv:2005.00928). ``gradient``: gradient × input (arXiv:1605.01713) of the word's
-log-probability at the encoder's features, without its sign. The first shows what was read, the second what it changed.
-Neither proves that the model needed it; to know that, take the picture away (``chiasm eval`` shuffles them).
+upper layers (``LM.shares``), or of the gated blocks; through queries, their own attention over the patches goes on from
+there (the product of the two, as in attention rollout, arXiv:2005.00928). ``gradient``: gradient × input
+(arXiv:1605.01713) of the word's log-probability at the encoder's features, without its sign. The first shows what was
+read, the second what it changed. Neither proves that the model needed it; to know that, take the picture away
+(``chiasm eval`` shuffles them).
 
 Differences by design: heat is mapped back by the gradient of the very steps that put tokens together (see ``heat``); a
 model that does not tell its attention is asked for its gradient, and the result says which it was.
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 
 from chiasm.errors import ConfigError, DataError
+from chiasm.fusion.cross_attention import CrossAttention as Gated
 from chiasm.fusion.splice import Splice
-from chiasm.infer.heat import canvases, on_grid, to_units
+from chiasm.infer.heat import canvases, on_grid, through_gates, to_units
 from chiasm.infer.stream import TextStream
 from chiasm.nn.modes import evaluating
 from chiasm.processing.base import Place
 from chiasm.processing.messages import parse
-from chiasm.types import Batch, Message, Sample, Text, Tokens
+from chiasm.types import Batch, MediaItem, Message, Sample, Text, Tokens
 
 Method = Literal["attention", "gradient"]
 METHODS: tuple[Method, ...] = ("attention", "gradient")
@@ -197,26 +199,39 @@ def _bare(text: str) -> str:
 @torch.no_grad()
 def attended(model: Any, batch: Batch, read: Read, word: Word, last: int | None) -> list[Found] | None:
     """The attention of the positions that write ``word``, on each medium. None where the model does not tell."""
-    if not isinstance(model, Splice) or model.config.type != "splice" or read.decoder:
+    if not isinstance(model, Splice) or read.decoder:
         return None
+    rows = torch.tensor([p - 1 for p in word.positions], device=batch.input_ids.device)  # written one position before
+    items = [item for kind in batch.media for item in read.sample.media if item.kind == kind]
+    told = (
+        through_gates(model, batch, rows) if isinstance(model, Gated) else in_sequence(model, batch, items, rows, last)
+    )
+    if told is None:
+        return None
+    runs, named = told
+    found: dict[int, Found] = {}
+    for kind, media in batch.media.items():
+        mine = [(item, run) for item, run in zip(items, runs, strict=True) if item.kind == kind]
+        given = [run for _, run in mine]
+        units = to_units(model, kind, replace(media, counts=[len(run) for run in given]), named, given)
+        if units is None:
+            return None
+        shown = units.split([item.layout.units for item, _ in mine])
+        found |= {id(item): Found([u], float(run.sum())) for (item, run), u in zip(mine, shown, strict=True)}
+    return [found[id(item)] for item in read.sample.media]
+
+
+def in_sequence(
+    model: Splice, batch: Batch, items: Sequence[MediaItem], rows: Tensor, last: int | None
+) -> tuple[list[Tensor], dict[str, Any]] | None:
+    """How ``rows`` attend to each medium's slots, ``[M]`` for each, and the intermediates. None: it is not told."""
     named: dict[str, Any] = {}
     x = model.splice(batch, named)  # [1, T, D]
-    rows = torch.tensor([p - 1 for p in word.positions], device=x.device)  # a token is written one position before
     shares = model.lm.shares(x, batch.positions, batch.segment_ids, rows, last)  # [1, R, T]
     if shares is None:
         return None
     each = shares[0].mean(dim=0)  # [T]
-    slots = {id(item): each[item.slots.to(each.device)] for item in read.sample.media if item.slots is not None}
-    found: dict[int, Found] = {}
-    for kind, media in batch.media.items():
-        items = [item for item in read.sample.media if item.kind == kind]
-        runs = [slots[id(item)] for item in items]
-        units = to_units(model, kind, media, named, runs)
-        if units is None:
-            return None
-        shown = units.split([item.layout.units for item in items])
-        found |= {id(item): Found([u], float(run.sum())) for item, u, run in zip(items, shown, runs, strict=True)}
-    return [found[id(item)] for item in read.sample.media]
+    return [each[item.slots.to(each.device)] for item in items if item.slots is not None], named
 
 
 def sloped(model: Any, batch: Batch, read: Read, word: Word) -> list[Found]:
