@@ -26,9 +26,12 @@ from chiasm.infer import embed, zero_shot
 from chiasm.infer.engine import generate, is_conversation
 from chiasm.infer.look import Look, look
 from chiasm.infer.rank import By, Ranked, rank
+from chiasm.infer.tails import tail_logits
 from chiasm.lm.silent import Silent
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
+from chiasm.nn.quality import Quality, quality
+from chiasm.nn.quant import quantize_lm, refuse_quantized
 from chiasm.presets.checkpoint import TENSORS, Options, Reader, table_of
 from chiasm.processing.pair import reads_nothing
 from chiasm.processing.processor import Processor, TokenizerLike
@@ -160,6 +163,18 @@ class VLM:
         """The type of the parameters."""
         return self.model.dtype
 
+    def quantize(
+        self, how: str = "int8", prompts: Sequence[Any] = (), names: str | None = None, keep: Sequence[str] = ()
+    ) -> Quality | None:
+        """Turn the language model's weights into 8 or 4 bits, in place, for inference only.
+
+        With ``prompts`` (conversations) it tells what that did to the distributions of the next token. ``names``,
+        ``keep``: see ``chiasm.nn.quant``. Raises ConfigError.
+        """
+        before = tail_logits(self.model, self.processor, prompts) if prompts else []
+        quantize_lm(self.model, how, names, keep)
+        return quality(before, tail_logits(self.model, self.processor, prompts)) if prompts else None
+
     # ---------------------------------------------------------------------------------------------- files
 
     def load_part(self, part: str, path: str | Path, allow_pickle: bool = False) -> VLM:
@@ -179,6 +194,7 @@ class VLM:
 
         Files are written aside and moved into place when all are whole. ``max_shard`` is in bytes.
         """
+        refuse_quantized(self.model)
         return own.save(self.config, self.model, self._processor, Path(folder), max_shard)
 
     def export(self, folder: str | Path, format: str = "hf", max_shard: int = 5_000_000_000) -> Path:
@@ -269,16 +285,23 @@ def load(
     vision_tower: str | Path | None = None,
     allow_pickle: bool = False,
     revision: str | None = None,
+    quantize: str | None = None,
 ) -> VLM:
     """A model from a folder (ours, of transformers, of the original LLaVA), or from the hub where ``name`` is none.
 
     What a folder is is read from its ``config.json``, never from a name. ``dtype`` None keeps the type that the weights
     are stored in. ``template`` (a name or its data) is for folders that carry no chat template, ``vision_tower`` for
     checkpoints that do not hold their tower. ``allow_pickle`` permits weights that are pickles. ``ignore_fingerprint``
-    loads although prompt or pixels changed; it is recorded. The model is in evaluation mode.
+    loads although prompt or pixels changed; it is recorded. ``quantize`` is "int8" or "int4" (``VLM.quantize``). The
+    model is in evaluation mode.
 
     Raises CheckpointError (FingerprintError) or ConfigError.
     """
+    if quantize is not None:
+        same: dict[str, Any] = {"template": template, "vision_tower": vision_tower, "allow_pickle": allow_pickle}
+        vlm = load(name, dtype, device, ignore_fingerprint=ignore_fingerprint, revision=revision, **same)
+        vlm.quantize(quantize)
+        return vlm
     path = local_folder(name, revision, allow_pickle)
     if own.is_adapter(path):
         of_base = {"ignore_fingerprint": ignore_fingerprint, "template": template, "vision_tower": vision_tower}

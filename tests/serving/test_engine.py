@@ -440,3 +440,29 @@ def test_a_fault_of_one_step_or_of_all_is_told(serve, monkeypatch):
     assert not service.healthy
     with pytest.raises(Stopped):
         service.submit(request)
+
+
+# ------------------------------------------------------------------------------------------------- quantized
+
+
+def test_a_quantized_model_answers_and_is_judged_and_not_saved(tmp_path):
+    from serving_kit import tiny
+
+    import chiasm
+    from chiasm.errors import CheckpointError
+
+    sizes = {"model.lm.dim": 64, "model.lm.mlp": 128}
+    tiny(tmp_path / "tokenizer", **sizes).save(tmp_path / "model")
+    vlm = chiasm.load(tmp_path / "model", dtype="bfloat16")
+    prompts = [[*asked(seed), Message("assistant", (Text("on the left of it"),))] for seed in range(3)]
+    told = vlm.quantize("int8", prompts)
+    assert 0 < told.kl < 0.05 and told.agreement > 0.9 and told.positions > 150
+    assert "KL" in str(told)
+    with pytest.raises(CheckpointError, match="quantized"):
+        vlm.save(tmp_path / "copy")
+    other = chiasm.load(tmp_path / "model", dtype="bfloat16", quantize="int8")
+    service = Service(other, slots=2, max_length=300, threads=1)
+    service.start()
+    request = Request(asked(1), Sampling(max_new_tokens=8))
+    assert service.submit(request).result(60)[0] == vlm.generate(asked(1), max_new_tokens=8)
+    service.stop()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chiasm.cli.options import MODEL, loading, open_model, parts, sampling, user_message
+from chiasm.cli.options import MODEL, loading, open_model, parts, quantized, sampling, user_message
 
 
 @click.command("generate")
@@ -21,6 +21,7 @@ from chiasm.cli.options import MODEL, loading, open_model, parts, sampling, user
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--system", default=None, help="System prompt.")
 @sampling
+@quantized
 @loading
 def command(
     model: str,
@@ -32,6 +33,7 @@ def command(
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
+    quantize: str | None,
     **settings: Any,
 ) -> None:
     """Answer one PROMPT about the pictures (streamed), or every conversation of a JSONL file (in batches)."""
@@ -42,7 +44,7 @@ def command(
         pictures, prompt = parts(words)
         if prompt is None:
             raise click.UsageError(f"{len(pictures)} pictures and no prompt; add the prompt in quotes")
-        vlm = open_model(model, device, dtype, ignore_fingerprint)
+        vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
         messages = [user_message(pictures, prompt)]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -52,7 +54,7 @@ def command(
             click.echo(piece, nl=False)
         click.echo()
         return
-    vlm = open_model(model, device, dtype, ignore_fingerprint)
+    vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
     _file(vlm, source, output, batch_size, system, settings)
 
 

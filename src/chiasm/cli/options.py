@@ -45,7 +45,14 @@ def sampling(command: F) -> F:
     return command
 
 
-def open_model(model: str, device: str | None, dtype: str | None, ignore_fingerprint: bool) -> Any:
+quantized = click.option(
+    "--quantize", type=click.Choice(["int8", "int4"]), help="Weights of the language model; for dtype bfloat16 on CPUs."
+)
+
+
+def open_model(
+    model: str, device: str | None, dtype: str | None, ignore_fingerprint: bool, quantize: str | None = None
+) -> Any:
     """Load a model folder or hub name onto the asked or the best device."""
     import torch
 
@@ -54,7 +61,7 @@ def open_model(model: str, device: str | None, dtype: str | None, ignore_fingerp
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = getattr(torch, dtype) if dtype else None
-    return chiasm.load(model, device=device, dtype=kind, ignore_fingerprint=ignore_fingerprint)
+    return chiasm.load(model, device=device, dtype=kind, ignore_fingerprint=ignore_fingerprint, quantize=quantize)
 
 
 def parts(words: tuple[str, ...]) -> tuple[list[str], str | None]:

@@ -78,7 +78,8 @@ def _medium(kind: str, media: MediaBatch, index: int, unit: int, slots: Tensor) 
     layout, count = media.layouts[index], media.counts[index]
     inputs = media.inputs[unit : unit + layout.units]
     if inputs.shape[1:] != layout.shape and len(inputs.shape) == len(layout.shape) + 1:
-        inputs = inputs[(slice(None), *(slice(size) for size in layout.shape))]  # ragged: without the others' padding
+        whole = (slice(None), *(slice(size) for size in layout.shape))
+        inputs = inputs[whole]  # ragged: without the others' padding
     cond = None
     if media.cond is not None:
         cond = Condition(media.cond.ids[index : index + 1], media.cond.mask[index : index + 1])

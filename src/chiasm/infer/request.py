@@ -36,7 +36,7 @@ class Request:
     """
 
     messages: Sequence[Message]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = field(default_factory=lambda: Sampling.parse({}))
     constraint: Constraint | None = None
     tools: list[dict[str, Any]] | None = None
     salt: str = ""

@@ -108,7 +108,7 @@ class Service:
         job = Job(prompt, writer, handle.put, handle.end, lambda: handle.cancelled or self._dropping, request.salt)
         job.end = lambda finish: self._end(handle, finish)
         if self.scheduler.slots is None or not self.vlm.model.lm.steady(1, len(prompt) + limit):
-            chosen = Options(max_new_tokens=limit)
+            chosen = Options.parse({"max_new_tokens": limit})
             job.alone = lambda: self._engine.steps(self._engine.start(prompt.batch, chosen))
         with self._news:
             self._check_room(len(prompt))
@@ -178,7 +178,7 @@ class Service:
             conversation = [list(request.messages)]
             batch = processor.batch(conversation, ids=[name], add_generation_prompt=True, padding_side="left")
         sampling = request.sampling
-        run = self._engine.start(batch, Options(max_new_tokens=sampling.max_new_tokens))
+        run = self._engine.start(batch, Options.parse({"max_new_tokens": sampling.max_new_tokens}))
         prompt, limit = prompts_of(batch)[0], run.limits[0]
         if self.scheduler.slots is not None:
             if len(prompt) >= self.max_length:

@@ -103,7 +103,8 @@ class Slots:
 
     def _forward(self, runs: Sequence[Run], total: int) -> Tensor:
         """The decoder over all runs at once → hidden states ``[T, D]`` after the last norm."""
-        device, lm = self.model.device, self.lm
+        device = self.model.device
+        lm: Any = self.lm
         x = torch.cat(
             [lm.embed(torch.tensor(run.ids, device=device)) if run.x is None else run.x for run in runs]
         )  # [T, D]
@@ -140,8 +141,8 @@ class _Apart:
             keys[:, run.start : run.end] = k[0, :, part]
             values[:, run.start : run.end] = v[0, :, part]
             if mask is None:
-                whole = (t[None, :, : run.end] for t in (keys, values))
-                found.append(attention(q[:, :, part], *whole, causal=len(run.ids) > 1))
+                seen, held = keys[None, :, : run.end], values[None, :, : run.end]  # [1, H_kv, end, Dh]
+                found.append(attention(q[:, :, part], seen, held, causal=len(run.ids) > 1))
             else:
                 found.append(_masked(q[0, :, part], keys[:, : run.end], values[:, : run.end], mask))
             first = part.stop
@@ -185,12 +186,11 @@ class _Together:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q [1, H, R, Dh]``, ``k`` and ``v`` ``[1, H_kv, R, Dh]`` → ``[1, H, R, Dh]``."""
-        found = []
         for side, new in ((0, k), (1, v)):
             self.pool[layer, side][self.slots, :, self.ends] = new[0].transpose(0, 1)
-            found.append(self.pool[layer, side, :, :, : self.longest].index_select(0, self.slots))  # [R, H_kv, L, Dh]
+        keys, values = self.pool[layer, :, :, :, : self.longest].index_select(1, self.slots)  # [R, H_kv, L, Dh] each
         q = q[0].transpose(0, 1).unsqueeze(2)  # [R, H, 1, Dh]
-        y = F.scaled_dot_product_attention(q, *found, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
         return y.squeeze(2).transpose(0, 1).unsqueeze(0)
 
 

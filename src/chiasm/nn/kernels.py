@@ -62,13 +62,13 @@ class Work:
         self.place = ctypes.c_void_p(self.library.chiasm_work())
 
     def __del__(self) -> None:
-        if self.library is not None and self.place:
+        if ctypes is not None and self.library is not None and self.place:
             self.library.chiasm_free(self.place)
             self.place = ctypes.c_void_p()
 
 
 def dense(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> Matrix | None:
-    """A matrix ``[n, k]`` of float32 or bfloat16; None where the kernels do not read it. ``keep`` gets what is copied."""
+    """A matrix ``[n, k]`` of float32 or bfloat16; None for others. ``keep`` gets what must stay alive."""
     if weight.dtype not in KINDS or weight.device.type != "cpu" or weight.stride(1) != 1:
         return None
     keep.append(weight)

@@ -1,9 +1,9 @@
 """Weights of 8 or 4 bits: a transform over a built model, for inference.
 
 int8: one scale for each output row. int4: one scale for each 64 weights of a row. Both are symmetric and rounded to
-the nearest; the scale of a group of 4 bits is the one of a few that leaves the least squared error. Activations are
-rounded to 8 bits while multiplying, with a scale for each 128 (int8) or 64 (int4) of them. Reference for the scheme:
-ggml's Q8_0 and Q4_0, which differ in group sizes.
+the nearest; the scale of a group of 4 bits is the one of a few that leaves the least squared error. Activations of few
+rows are rounded to 8 bits while multiplying, with a scale for each 128 (int8) or 64 (int4) of them. Reference for the
+scheme: ggml's Q8_0 and Q4_0, which differ in group sizes.
 
 Where the compiled kernels are missing, the matrix is widened before each product: right, but slow.
 """
@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.errors import ConfigError, nearest
+from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.nn.kernels import INT4, INT8, KINDS, Matrix, Work, floats, library, linear
 
+LAYERS = r"(^|\.)lm\.layers\."
 GROUP = 64
 BITS = {"int8": 8, "int4": 4}
+MANY = 64
+"""Rows of activations from which int8 weights are widened for torch's product, and activations are not rounded."""
 FEWEST = 64
 """Inputs below which a matrix is left as it is: there would be nothing to gain."""
 
@@ -55,6 +58,9 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., k]`` → ``[..., n]``. Where a gradient is wanted, by the widened matrix: the kernels give none."""
         wanted = torch.is_grad_enabled() and x.requires_grad
+        if self.bits == 8 and x.dtype == torch.bfloat16 and x.numel() >= MANY * self.in_features and not wanted:
+            wide = F.linear(x, self.packed[:, : self.in_features].to(x.dtype)) * self.scales.to(x.device)  # float32
+            return (wide if self.bias is None else wide + self.bias).to(x.dtype)
         if x.dtype in KINDS and x.device.type == "cpu" and library() is not None and not wanted:
             return linear(self.matrix(), own_work(), x)
         return F.linear(x, self.widened(x.dtype).to(x.device), None if self.bias is None else self.bias.to(x.dtype))
@@ -123,11 +129,11 @@ def unpack4(packed: Tensor, scales: Tensor) -> Tensor:
     return (values.float() * scales.to(packed.device).unsqueeze(2)).flatten(1)
 
 
-def quantize(model: nn.Module, how: str, names: str = r"(^|\.)lm\.layers\.", keep: Sequence[str] = ()) -> list[str]:
+def quantize(model: nn.Module, how: str, names: str = LAYERS, keep: Sequence[str] = ()) -> list[str]:
     """Replace the linear layers of ``model`` whose names match; gives those names. The model is changed in place.
 
     ``how`` is "int8" or "int4". ``names`` is a regular expression, by default the layers of the language model;
-    ``keep`` are expressions of layers that stay as they are. The head is a matrix of 8 bits in both. Raises ConfigError.
+    ``keep`` are expressions of layers that stay as they are. Raises ConfigError.
     """
     if how not in BITS:
         raise ConfigError(f"unknown quantization {how!r}; {nearest(how, BITS)}")
@@ -150,8 +156,8 @@ def quantize_lm(model: Any, how: str, names: str | None = None, keep: Sequence[s
 
     A tied head becomes a matrix of its own; the embedding that ids are looked up in stays.
     """
-    found = quantize(model, how, *(() if names is None else (names,)), keep=keep)
-    lm = getattr(model, "lm", None)
+    found = quantize(model, how, LAYERS if names is None else names, keep)
+    lm: Any = getattr(model, "lm", None)
     if names is None and hasattr(lm, "lm_head") and not any(re.search(p, "lm.lm_head") for p in keep):
         weight = lm.embedding.weight if lm.lm_head is None else lm.lm_head.weight
         if type(lm.lm_head) in (nn.Linear, type(None)) and weight.shape[1] >= FEWEST:
@@ -160,4 +166,11 @@ def quantize_lm(model: Any, how: str, names: str | None = None, keep: Sequence[s
     return found
 
 
-__all__ = ["Quantized", "quantize", "quantize_lm"]
+def refuse_quantized(model: nn.Module) -> None:
+    """Raises CheckpointError for a model with quantized weights: what was rounded is not what should be kept."""
+    found = next((name for name, module in model.named_modules() if isinstance(module, Quantized)), None)
+    if found is not None:
+        raise CheckpointError(f"{found} has quantized weights, which are for inference only: save the model before")
+
+
+__all__ = ["Quantized", "quantize", "quantize_lm", "refuse_quantized"]

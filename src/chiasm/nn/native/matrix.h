@@ -11,6 +11,8 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define WIDE 1
+#define UNROLLED _Pragma("GCC unroll 16")  // or the sums of a tile would not stay in registers
+#define INLINED static inline __attribute__((always_inline))
 #endif
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
@@ -86,17 +88,54 @@ struct Rows {
       const int64_t last = first + per_group * 64 < stride ? first + per_group * 64 : stride;
       const int64_t end = last < k ? last : k;
       float most = 0;
-      for (int64_t i = first; i < end; i++) most = std::fmax(most, std::fabs(x[i]));
+#pragma omp simd reduction(max : most)
+      for (int64_t i = first; i < end; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
       const float inverse = most > 0 ? 127.0f / most : 0.0f;
       scales[row * groups + g] = most / 127.0f;
-      for (int64_t i = first; i < end; i++) to[i] = int8_t(std::nearbyintf(x[i] * inverse));
+#pragma omp simd
+      for (int64_t i = first; i < end; i++) to[i] = int8_t(int32_t(std::nearbyintf(x[i] * inverse)));
       for (int64_t i = end < first ? first : end; i < last; i++) to[i] = 0;
       int32_t* lanes = starts.data() + (row * groups + g) * 16;
-      for (int lane = 0; lane < 16; lane++) lanes[lane] = 0;
-      for (int64_t i = first; i < last; i++) lanes[(i % 64) / 4] -= offset * to[i];
+      for (int lane = 0; lane < 16; lane++) {
+        int32_t sum = 0;
+        for (int64_t i = first + 4 * lane; i < last; i += 64) sum += to[i] + to[i + 1] + to[i + 2] + to[i + 3];
+        lanes[lane] = -offset * sum;
+      }
     }
   }
 };
+
+#ifdef WIDE
+// The sums of 16 vectors, each in the order of _mm512_reduce_add_ps: halves, quarters, eighths, the last two.
+INLINED void sums_of_16(const __m512* v, float* out) {
+  __m512 four[4];
+  UNROLLED for (int i = 0; i < 4; i++) {
+    __m512 two[2];
+    UNROLLED for (int j = 0; j < 2; j++) {
+      const __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+      two[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+  }
+  const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1]));
+  const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3]));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, all));
+}
+
+template <int N, int M>
+INLINED void summed(const __m512 (&v)[N][M], float* out) {
+  if constexpr (N * M == 16) {
+    __m512 flat[16];
+    UNROLLED for (int i = 0; i < 16; i++) flat[i] = v[i / M][i % M];
+    sums_of_16(flat, out);
+  } else {
+    UNROLLED for (int i = 0; i < N; i++)
+      UNROLLED for (int j = 0; j < M; j++) out[i * M + j] = _mm512_reduce_add_ps(v[i][j]);
+  }
+}
+#endif
 
 // Each `tile` computes out[i * M + j] for N weight rows from `n` on and M activation rows from `m` on.
 #ifdef WIDE
@@ -105,19 +144,18 @@ static inline void tile_f32(const Matrix& w, const Rows& x, int64_t n, int64_t m
   const float* rows = (const float*)((const char*)w.weights + n * w.stride);
   const int64_t step = w.stride / 4;
   __m512 sums[N][M];
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
+  UNROLLED for (int i = 0; i < N; i++)
+    UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
   for (int64_t c = 0; c < w.k; c += 16) {
     const __mmask16 some = w.k - c >= 16 ? 0xffff : (1u << (w.k - c)) - 1;
     __m512 xs[M];
-    for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_ps(x.wide.data() + (m + j) * x.stride + c);
-    for (int i = 0; i < N; i++) {
+    UNROLLED for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_ps(x.wide.data() + (m + j) * x.stride + c);
+    UNROLLED for (int i = 0; i < N; i++) {
       const __m512 ws = _mm512_maskz_loadu_ps(some, rows + i * step + c);
-      for (int j = 0; j < M; j++) sums[i][j] = _mm512_fmadd_ps(ws, xs[j], sums[i][j]);
+      UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_fmadd_ps(ws, xs[j], sums[i][j]);
     }
   }
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++) out[i * M + j] = _mm512_reduce_add_ps(sums[i][j]);
+  summed<N, M>(sums, out);
 }
 
 template <int N, int M>
@@ -125,15 +163,15 @@ static inline void tile_bf16(const Matrix& w, const Rows& x, int64_t n, int64_t 
   const uint16_t* rows = (const uint16_t*)((const char*)w.weights + n * w.stride);
   const int64_t step = w.stride / 2;
   __m512 sums[N][M];
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
+  UNROLLED for (int i = 0; i < N; i++)
+    UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
   for (int64_t c = 0; c < w.k; c += 32) {
     const __mmask32 some = w.k - c >= 32 ? 0xffffffffu : (1u << (w.k - c)) - 1;
     __m512i xs[M];
-    for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_si512(x.half.data() + (m + j) * x.stride + c);
-    for (int i = 0; i < N; i++) {
+    UNROLLED for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_si512(x.half.data() + (m + j) * x.stride + c);
+    UNROLLED for (int i = 0; i < N; i++) {
       const __m512i ws = _mm512_maskz_loadu_epi16(some, rows + i * step + c);
-      for (int j = 0; j < M; j++) {
+      UNROLLED for (int j = 0; j < M; j++) {
 #ifdef __AVX512BF16__
         sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)ws, (__m512bh)xs[j]);
 #else
@@ -147,8 +185,7 @@ static inline void tile_bf16(const Matrix& w, const Rows& x, int64_t n, int64_t 
       }
     }
   }
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++) out[i * M + j] = _mm512_reduce_add_ps(sums[i][j]);
+  summed<N, M>(sums, out);
 }
 
 static inline __m512i dot4(__m512i sums, __m512i u8, __m512i s8) {
@@ -168,18 +205,18 @@ static inline void tile_int(const Matrix& w, const Rows& x, int64_t n, int64_t m
   const int64_t blocks = x.stride / 64;
   const __m512i flip = _mm512_set1_epi8((char)0x80), nibble = _mm512_set1_epi8(15);
   __m512 sums[N][M];
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
+  UNROLLED for (int i = 0; i < N; i++)
+    UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
   for (int64_t g = 0, b = 0; g < x.groups; g++) {
     __m512i dots[N][M];
-    for (int j = 0; j < M; j++) {
+    UNROLLED for (int j = 0; j < M; j++) {
       const __m512i start = _mm512_loadu_si512(x.starts.data() + ((m + j) * x.groups + g) * 16);
-      for (int i = 0; i < N; i++) dots[i][j] = start;
+      UNROLLED for (int i = 0; i < N; i++) dots[i][j] = start;
     }
     for (const int64_t end = b + x.per_group < blocks ? b + x.per_group : blocks; b < end; b++) {
       __m512i xs[M];
-      for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_si512(x.small.data() + (m + j) * x.stride + b * 64);
-      for (int i = 0; i < N; i++) {
+      UNROLLED for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_si512(x.small.data() + (m + j) * x.stride + b * 64);
+      UNROLLED for (int i = 0; i < N; i++) {
         __m512i ws;
         if (FOUR) {  // weights 0..31 of a group are the low halves of its 32 bytes, 32..63 the high ones
           const __m256i both = _mm256_loadu_si256((const __m256i*)(rows + i * w.stride + b * 32));
@@ -188,20 +225,20 @@ static inline void tile_int(const Matrix& w, const Rows& x, int64_t n, int64_t m
         } else {
           ws = _mm512_xor_si512(_mm512_loadu_si512(rows + i * w.stride + b * 64), flip);
         }
-        for (int j = 0; j < M; j++) dots[i][j] = dot4(dots[i][j], ws, xs[j]);
+        UNROLLED for (int j = 0; j < M; j++) dots[i][j] = dot4(dots[i][j], ws, xs[j]);
       }
     }
-    for (int j = 0; j < M; j++) {
+    UNROLLED for (int j = 0; j < M; j++) {
       const float of_rows = x.scales[(m + j) * x.groups + g];
-      for (int i = 0; i < N; i++) {
+      UNROLLED for (int i = 0; i < N; i++) {
         const float scale = FOUR ? of_rows * w.scales[(n + i) * x.groups + g] : of_rows;
         sums[i][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i][j]), _mm512_set1_ps(scale), sums[i][j]);
       }
     }
   }
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++)
-      out[i * M + j] = _mm512_reduce_add_ps(sums[i][j]) * (FOUR ? 1.0f : w.scales[n + i]);
+  summed<N, M>(sums, out);
+  UNROLLED for (int i = 0; !FOUR && i < N; i++)
+    UNROLLED for (int j = 0; j < M; j++) out[i * M + j] *= w.scales[n + i];
 }
 #else
 template <int N, int M>
@@ -265,7 +302,7 @@ static inline void tile(const Matrix& w, const Rows& x, int64_t n, int64_t m, fl
 // `give(row, output, value)` for the outputs n0 .. n1 of the activation rows m0 .. m1.
 template <int M, class Give>
 static inline void columns(const Matrix& w, const Rows& x, int64_t n0, int64_t n1, int64_t m, Give give) {
-  constexpr int N = M == 1 ? 4 : M == 2 ? 4 : 2;
+  constexpr int N = 4;
   float out[N * M];
   int64_t n = n0;
   for (; n + N <= n1; n += N) {
@@ -286,7 +323,7 @@ static void multiply(const Matrix& w, const Rows& x, int64_t n0, int64_t n1, int
   for (int64_t first = n0; first < n1; first += panel) {
     const int64_t last = first + panel < n1 ? first + panel : n1;
     int64_t m = m0;
-    for (; m + 4 <= m1; m += 4) columns<4>(w, x, first, last, m, give);
+    for (; w.kind < INT8 && m + 4 <= m1; m += 4) columns<4>(w, x, first, last, m, give);  // integers need more registers
     for (; m + 2 <= m1; m += 2) columns<2>(w, x, first, last, m, give);
     for (; m < m1; m++) columns<1>(w, x, first, last, m, give);
   }
