@@ -132,9 +132,8 @@ def attack(running: Running, bodies) -> dict[int, int]:
         reply = running.post("/v1/chat/completions", body)
         seen[reply.status] = seen.get(reply.status, 0) + 1
         assert reply.status in (200, 400, 404, 413), (reply.status, reply.body[:300], body[:2000])
-        assert len(reply.body) < 4000
         if reply.status != 200:
-            assert reply.error["message"] and "/home" not in reply.error["message"]
+            assert len(reply.body) < 2000 and reply.error["message"] and "/home" not in reply.error["message"]
     return seen
 
 
