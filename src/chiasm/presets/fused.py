@@ -18,9 +18,7 @@ from chiasm.processing.image import CLIP_MEAN, CLIP_STD
 
 ANSWERS = 3129  # of VQA v2: those that nine people or more gave
 HALF = (0.5, 0.5, 0.5)
-COUNTED = (
-    "the sum over the tensors of the authors' classes, each by its formula; `tests/contracts/test_fused_presets.py`"
-)
+COUNTED = "the sum over the tensors of the authors' classes, each by its formula"
 PICTURES_4M = ("COCO, Visual Genome, SBU, Conceptual Captions 3M: 4M pictures",)
 UNLABELLED = (
     "The answers of VQA v2 are not shipped: set `processing.labels` to the 3,129 of the authors' list before training "
