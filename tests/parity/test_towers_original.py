@@ -71,6 +71,10 @@ def test_openai(name: str, shared_data: Path, tmp_path: Path):
     assert vlm.config.processing.media["image"].crop_rounding == "round"
     shown = [Image.new("RGB", (40, 70), color) for color in ("red", "green")]
     assert vlm.classify(images=shown, labels=["cat", "dog"]).shape == (2, 2)
+    if name == "vit":
+        vlm.export(tmp_path / "out", format="openai_clip")
+        written, given = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "openai"))
+        assert written.keys() == given.keys() and all(torch.equal(written[key], given[key]) for key in given)
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -91,6 +95,15 @@ def test_open_clip(quick: bool, shared_data: Path, tmp_path: Path):
     assert vlm.config.model == model.config
     image = vlm.config.processing.media["image"]
     assert (image.fit, image.resample, image.mean, image.std) == ("squash", "bilinear", (0.5,) * 3, (0.25,) * 3)
+    vlm.export(tmp_path / "out", format="open_clip")
+    told = json.loads((tmp_path / "out/open_clip_config.json").read_text())
+    assert original_clip.configured(told["model_cfg"], "") == original_clip.configured(table["model_cfg"], "")
+    assert {k: told["preprocess_cfg"][k] for k in table["preprocess_cfg"]} == table["preprocess_cfg"]
+    written, given = load_file(tmp_path / "out/open_clip_model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert written.keys() == given.keys() and all(torch.equal(written[key], given[key]) for key in given)
+    if not quick:
+        with pytest.raises(CheckpointError, match=r"activation is 'gelu', 'quick_gelu' there"):
+            vlm.export(tmp_path / "no", format="openai_clip")
     table["model_cfg"]["vision_cfg"]["qk_norm"] = True
     (tmp_path / "open_clip_config.json").write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match="qk_norm"):
@@ -107,7 +120,10 @@ def test_published_sizes_of_open_clip():
          {"width": 1280, "heads": 20, "layers": 32}, (16, 8192)),
     ):  # fmt: skip
         c = {"embed_dim": 1024, "vision_cfg": {"patch_size": 14, **vision}, "text_cfg": text}
-        tower = original_clip.configured(c, "x")["encoders"]["image"]
+        found = original_clip.configured(c, "x")
+        tower = found["encoders"]["image"]
+        model = DualTower.Config.parse({k: v for k, v in found.items() if k != "image_size"})
+        assert original_clip.configured(original_clip.written(model), "x") == found
         assert (tower["heads"], tower["mlp"], tower["activation"]) == (*expected, "gelu")
 
 

@@ -17,8 +17,8 @@ from chiasm.cli.options import MODEL, loading, open_model
     "layout",
     default="hf",
     show_default=True,
-    type=click.Choice(["hf", "lavis"]),
-    help="hf: transformers; lavis: BLIP-2 in LAVIS.",
+    type=click.Choice(["hf", "lavis", "open_clip", "openai_clip"]),
+    help="hf: transformers; lavis: BLIP-2 in LAVIS; open_clip, openai_clip: CLIP.",
 )
 @loading
 def command(

@@ -11,18 +11,24 @@ tell it from a file of open_clip, whose tensors are called the same but whose GE
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from chiasm.config import diff
 from chiasm.convert import maps_towers
-from chiasm.convert.io import Weights, open_weights
+from chiasm.convert.engine import export_tensors
+from chiasm.convert.io import Loaded, Weights, open_weights, write_json, write_weights
 from chiasm.convert.rules import AnyRule
 from chiasm.errors import CheckpointError
+from chiasm.fusion.dual_tower import DualTower
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import Provenance, VLMConfig
 from chiasm.presets.checkpoint import OPEN_CLIP, TENSORS, Checkpoint, Options, Reader, check_vocab
-from chiasm.processing.image import CLIP_MEAN, CLIP_STD
+from chiasm.processing.image import CLIP_MEAN, CLIP_STD, ImageFrontEnd
 from chiasm.registry import register
 
 MARKS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files, never in open_clip's
@@ -51,6 +57,18 @@ class OpenAIClip(Reader):
         rules = maps_towers.clip_openai_resnet() if "visual.attnpool.positional_embedding" in weights.info else None
         return _checkpoint(folder, config, picture(config["image_size"]), weights, rules, options)
 
+    def write(self, folder: Path, vlm: Any, max_shard: int) -> None:
+        """``model.safetensors`` with OpenAI's names and its three integers, and the tokenizer. See the contract."""
+        model = vlm.config.model
+        tensors = _exported(vlm)
+        text, size = model.encoders["text"], model.encoders["image"].image_size
+        numbers = {"input_resolution": size, "context_length": text.positions, "vocab_size": text.vocab}
+        tensors |= {name: torch.tensor(number) for name, number in numbers.items()}
+        _same(model, inferred(Loaded("export", tensors)), "OpenAI's layout, which tells sizes by shapes alone,")
+        _same_pictures(vlm, picture(size), "OpenAI's transform")
+        vlm.processor.tokenizer.save(folder)
+        write_weights(folder, tensors, max_shard)
+
 
 @register("checkpoint", "open_clip")
 class OpenClip(Reader):
@@ -70,6 +88,52 @@ class OpenClip(Reader):
         front = picture(config["image_size"], prepared, where)
         rules = maps_towers.clip_openai_resnet() if config["encoders"]["image"]["type"] == "resnet" else None
         return _checkpoint(folder, config, front, weights, rules, options)
+
+    def write(self, folder: Path, vlm: Any, max_shard: int) -> None:
+        """``open_clip_config.json``, ``open_clip_model.safetensors`` and the tokenizer. See the contract."""
+        tensors, table = _exported(vlm), written(vlm.config.model)
+        _same(vlm.config.model, configured(table, "export"), "open_clip_config.json")
+        front = vlm.processor.config.media["image"]
+        prepared = {
+            "size": front.size,
+            "mode": "RGB",
+            "mean": list(front.mean),
+            "std": list(front.std),
+            "interpolation": front.resample,
+            "resize_mode": {"crop": "shortest"}.get(front.fit, front.fit),
+        }
+        _same_pictures(vlm, picture(front.size, prepared, "export"), "open_clip's transform")
+        vlm.processor.tokenizer.save(folder)
+        names = write_weights(folder, tensors, sys.maxsize)  # open_clip reads one file
+        (folder / names[0]).rename(folder / "open_clip_model.safetensors")
+        write_json(folder / OPEN_CLIP, {"model_cfg": table, "preprocess_cfg": prepared})
+
+
+def _exported(vlm: Any) -> dict[str, Any]:
+    """The tensors under OpenAI's names. Raises CheckpointError for a model that is no CLIP."""
+    model = vlm.config.model
+    if not isinstance(model, DualTower.Config) or model.encoders["text"].type != "text":
+        raise CheckpointError(f"export: this layout holds a CLIP, this is a model of type {model.type!r}")
+    resnet = model.encoders["image"].type == "resnet"
+    rules = maps_towers.clip_openai_resnet() if resnet else maps_towers.clip_openai()
+    return export_tensors(vlm.state_dict(), rules)
+
+
+def _same(model: DualTower.Config, found: dict[str, Any], what: str) -> None:
+    """Raises CheckpointError that names where a model and what a layout says of it differ."""
+    read = DualTower.Config.parse({k: v for k, v in found.items() if k != "image_size"})
+    lost = {key: pair for key, pair in diff(model, read).items() if key not in ("scale_init", "bias_init")}
+    if lost:
+        told = ", ".join(f"{key} is {a!r}, {b!r} there" for key, (a, b) in list(lost.items())[:4])
+        raise CheckpointError(f"export: {what} has no counterpart of this model: {told}")
+
+
+def _same_pictures(vlm: Any, front: dict[str, Any], what: str) -> None:
+    lost = diff(vlm.processor.config.media["image"], ImageFrontEnd.Config.parse(front))
+    lost.pop("placeholder", None)
+    if lost:
+        told = ", ".join(f"{key} is {a!r}, {b!r} there" for key, (a, b) in list(lost.items())[:4])
+        raise CheckpointError(f"export: {what} makes other pixels: {told}")
 
 
 def _checkpoint(
@@ -209,6 +273,28 @@ def configured(c: Mapping[str, Any], where: str) -> dict[str, Any]:
     if c.get("init_logit_bias") is not None:
         found |= {"bias_init": float(c["init_logit_bias"]), "max_scale": None}
     return found
+
+
+def written(model: DualTower.Config) -> dict[str, Any]:
+    """``model_cfg`` of a CLIP."""
+    tower, text = model.encoders["image"], model.encoders["text"]
+    if tower.type == "resnet":
+        vision: dict[str, Any] = {"layers": list(tower.blocks), "width": tower.width, "patch_size": None}
+    else:
+        vision = {"layers": tower.depth, "width": tower.dim, "patch_size": getattr(tower, "patch", 0)}
+        vision |= {"head_width": tower.dim // tower.heads, "mlp_ratio": _ratio(tower.mlp, tower.dim)}
+    words = {"context_length": text.positions, "vocab_size": text.vocab, "width": text.dim, "heads": text.heads}
+    words |= {"layers": text.depth, "mlp_ratio": _ratio(text.mlp, text.dim)}
+    table = {"embed_dim": model.dim, "vision_cfg": {"image_size": tower.image_size, **vision}, "text_cfg": words}
+    if text.activation == "quick_gelu":
+        table["quick_gelu"] = True
+    return table if model.bias_init is None else table | {"init_logit_bias": model.bias_init}
+
+
+def _ratio(mlp: int, width: int) -> float:
+    """A factor that ``int(width · factor)`` makes ``mlp`` of."""
+    ratio = mlp / width
+    return ratio if int(width * ratio) == mlp else (mlp + 0.5) / width
 
 
 def picture(size: int, c: Mapping[str, Any] | None = None, where: str = "") -> dict[str, Any]:
