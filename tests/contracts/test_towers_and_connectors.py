@@ -84,6 +84,10 @@ CONNECTORS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "map_head": ({"type": "map_head", "heads": 2, "mlp": 12}, {"image": 10}),
     "clip_pool": ({"type": "clip_pool", "grid": [4, 4], "heads": 2}, {"image": 8}),
     "qformer": ({"type": "qformer", "queries": 3, "dim": 16, "depth": 3, "heads": 2, "mlp": 20}, {"image": 6}),
+    "qformer/states": (
+        {"type": "qformer", "queries": 3, "dim": 10, "depth": 3, "heads": 2, "mlp": 20, "project": False},
+        {"image": 6},
+    ),
 }
 
 GRIDS = [(4, 4), (2, 6)]

@@ -229,6 +229,26 @@ def test_every_parameter_has_a_gradient():
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
+@pytest.mark.slow
+def test_all_three_tasks_are_learned_by_heart():
+    """Six pairs: contrast and writing fall to what smoothing leaves, and hard negatives are told apart at last."""
+    torch.manual_seed(0)
+    model, given, step = (
+        build_model(QueryText.Config.parse(CONFIG)).train(),
+        batch(6, pads=0),
+        objective("blip2_stage1"),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(220):
+        loss = step(model, given)
+        optimizer.zero_grad()
+        (loss.total / loss.weight).backward()
+        optimizer.step()
+    means = {name: float(value) / float(weight) for name, (value, weight) in loss.parts.items()}
+    assert means["contrast"] < 0.6 and means["writing"] < 1.0
+    assert means["matching"] < 0.05 and means["matching_accuracy"] == 1
+
+
 # ----------------------------------------------------------------------------------------------- hard negatives
 
 
