@@ -21,7 +21,7 @@ from chiasm.nn.decode import Compiled
 from chiasm.nn.rope import rotate
 from chiasm.nn.scores import attention
 
-SHORT = 16
+SHORT = 32
 """Tokens up to which the compiled step is faster than torch's matrix products."""
 
 
@@ -44,7 +44,7 @@ class Run:
 class Slots:
     """A pool of ``count`` slots of ``length`` positions for a model that ``fits``."""
 
-    def __init__(self, model: Splice, count: int, length: int, block: int = 32):
+    def __init__(self, model: Splice, count: int, length: int, block: int = 16):
         self.model, self.lm = model, model.lm
         c: Any = model.lm.config
         shape = (c.depth, 2, count, c.kv_heads or c.heads, length, c.width)
