@@ -17,7 +17,7 @@ import click
 import torch
 
 from chiasm.convert.io import open_weights, write_weights
-from chiasm.data.sources.playground import TASKS, PlaygroundText
+from chiasm.data.sources.playground import LABEL_TASKS, TASKS, PlaygroundText
 from chiasm.errors import CheckpointError
 
 CONTROLS = ("<pad>", "<s>", "<|end|>", "<unk>", "<image>", "<video>", "<|user|>", "<|assistant|>")
@@ -26,7 +26,8 @@ VOCAB = 1024  # at most; the playground's words need fewer
 
 def texts(examples: int) -> Iterator[str]:
     """Questions, answers and descriptions of the training split."""
-    source = PlaygroundText(PlaygroundText.Config(tasks=tuple(TASKS), length=examples, turns=6, shorthand=0.5))
+    told = tuple(task for task in TASKS if task not in LABEL_TASKS)
+    source = PlaygroundText(PlaygroundText.Config(tasks=told, length=examples, turns=6, shorthand=0.5))
     for index in range(examples):
         for message in source[index].messages:
             yield message.text
