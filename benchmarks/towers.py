@@ -251,16 +251,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=int, default=10_000)
     parser.add_argument("--vectors", type=int, default=100_000)
+    parser.add_argument("--only", default="embedding,indexing,search")
     parser.add_argument("--note", default="", help="Written into the table: what else the machine did.")
     options = parser.parse_args()
     found = limits()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        rows = {
-            "embedding": embedding(work, options, found),
-            "indexing": indexing(work, options),
-            "search": searching(work, options),
+        parts = {
+            "embedding": lambda: embedding(work, options, found),
+            "indexing": lambda: indexing(work, options),
+            "search": lambda: searching(work, options),
         }
+        rows = {name: run() if name in options.only.split(",") else [] for name, run in parts.items()}
     write(rows, options, found)
 
 
