@@ -120,7 +120,7 @@ def _loader(path: str, device: str | None, dtype: str | None, ignore: bool, sett
         from chiasm.infer.service import Service
 
         vlm = open_model(path, device, dtype, ignore)
-        if hasattr(vlm.model, "embed_images"):
+        if getattr(vlm.model, "lm", None) is None:  # two towers, a classifier: there is nothing to write with
             return None, vlm
         service = Service(vlm, **settings)
         service.start()

@@ -45,7 +45,7 @@ async def _submitted(request: Request, state: State) -> Job:
         wanted = ChatRequest.read(values, state.options.limits)
         served = find(request, wanted.model)
         if not served.can_chat:
-            raise ApiError(400, "this model makes vectors and writes no answers; use /v1/embeddings", "model")
+            raise ApiError(400, "this model writes no answers; one with two towers is asked at /v1/embeddings", "model")
         tooling = Tooling.of(served, wanted)
         outline = content.read(wanted.messages, state.options.limits)
         _roomy(state, served, wanted.answers)

@@ -33,7 +33,8 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Called where the request cannot be parsed; its connection is closed."""
-        long = self.conn.trailing_data[0][:1] != b"" and len(self.conn.trailing_data[0]) > 32 * 1024
+        unread, _ = self.conn.trailing_data  # of a head without end all that came
+        long = len(unread) > self.config.h11_max_incomplete_event_size  # type: ignore[operator]
         status, text = (431, "the request's head is too long") if long else (400, "this is not an HTTP request")
         body = ApiError(status, text).response().body
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]

@@ -6,9 +6,10 @@ import json
 import re
 from typing import Any
 
+from chiasm.errors import ConfigError, DataError
 from chiasm.infer import constraints
 from chiasm.infer.sampling import Sampling
-from chiasm.serve.errors import ApiError, shown
+from chiasm.serve.errors import ApiError, clean, shown
 from chiasm.serve.options import Limits, ServeOptions
 from chiasm.serve.schema import ChatRequest
 
@@ -101,7 +102,9 @@ def _schema(schema: Any, limits: Limits, place: str) -> dict[str, Any]:
 
 
 def _made(kind: str, value: Any, place: str) -> Any:
-    cls = getattr(constraints, kind, None)
-    if cls is None:
-        raise ApiError(400, f"{place} is not supported by this server", place, "unsupported_parameter")
-    return cls(value)
+    try:
+        return getattr(constraints, kind)(value)
+    except ConfigError:  # the library is not there
+        raise ApiError(400, f"{place} is not supported by this server", place, "unsupported_parameter") from None
+    except DataError as error:
+        raise ApiError(400, f"{place}: {clean(str(error))}", place, "unsupported_constraint") from None
