@@ -82,7 +82,7 @@ class Server:
     def __init__(self, words: list[str], threads: int, log: Path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self.log = log.open("wb")
         self.process = subprocess.Popen(
             [sys.executable, *words, "--port", str(self.port)], env=environment, stdout=self.log, stderr=self.log
@@ -209,7 +209,7 @@ def main() -> None:
                 row = {"server": name, **load(server.port, model, clients, options.requests, options.tokens)}
                 rows.append({**row, "peak_mb": server.memory()})
                 print(json.dumps(rows[-1]), flush=True)
-    write(rows, options, parameters)
+                write(rows, options, parameters)
 
 
 def write(rows: list[dict], options: argparse.Namespace, parameters: int) -> None:
@@ -236,11 +236,10 @@ def write(rows: list[dict], options: argparse.Namespace, parameters: int) -> Non
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['server']} | {row['clients']} | {row['tokens_per_s']:.1f} | {row['requests_per_s']:.2f} | "
-            f"{row['ttft_median_s']:.2f} | {row['ttft_p95_s']:.2f} | {row['tpot_median_ms']:.0f} | {row['peak_mb']:.0f} |"
-        )
-    if {row["server"] for row in rows} == {"chiasm serve"}:
+        speeds = f"{row['tokens_per_s']:.1f} | {row['requests_per_s']:.2f}"
+        times = f"{row['ttft_median_s']:.2f} | {row['ttft_p95_s']:.2f} | {row['tpot_median_ms']:.0f}"
+        lines.append(f"| {row['server']} | {row['clients']} | {speeds} | {times} | {row['peak_mb']:.0f} |")
+    if not importlib.util.find_spec("fastapi"):
         lines += ["", "`transformers serve` was not installed (it needs fastapi)."]
     (folder / "serve.md").write_text("\n".join(lines) + "\n")
 
