@@ -206,3 +206,15 @@ def test_a_tokenizer_with_another_end_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"ends a text with ids \[513\].*pools at id 7"):
         chiasm.load(tmp_path)
+
+
+def test_parts_of_a_folder_go_into_another_model(tmp_path: Path):
+    """Each tower, and a connector, from a whole CLIP's folder into a fresh model."""
+    clip_folder(tmp_path)
+    whole = chiasm.load(tmp_path)
+    fresh = chiasm.build(whole.config, tokenizer=tmp_path)
+    for part in ("encoders.image", "encoders.text", "connectors.text"):
+        fresh.load_part(part, tmp_path)
+    ours, theirs = fresh.state_dict(), whole.state_dict()
+    same = {name for name in ours if torch.equal(ours[name], theirs[name])}
+    assert ours.keys() - same <= {"connectors.image.proj.weight", "logit_scale"}
