@@ -19,6 +19,7 @@ from chiasm.convert.engine import export_tensors, load_weights
 from chiasm.convert.io import Loaded
 from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.multiway import Multiway
+from chiasm.fusion.multiway_write import caption
 from chiasm.fusion.pair import Pictures, Words
 
 DIM, HEADS, DEPTH, MLP, VOCAB, SIDE, PATCH = 24, 3, 2, 40, 31, 4, 4
@@ -267,3 +268,32 @@ def test_bad_input() -> None:
         Multiway.Config.parse(SIZES | {"tasks": {"match": True}})
     with pytest.raises(ConfigError, match="cannot be split into 5 heads"):
         Multiway.Config.parse(SIZES | {"heads": 5})
+
+
+def test_captions_are_written_by_filling() -> None:
+    """With one beam, the likeliest word at the hidden place each time; with all beams, the best caption of all."""
+    model, formulas = made(tasks={"words": True})
+    _, pictures = inputs()
+    start, hidden, end = 0, 3, 2
+
+    def shares(words: list[int], row: int) -> Tensor:
+        ids = torch.tensor([[*words, hidden]])
+        size = IMAGE + ids.shape[1]
+        place = torch.arange(size)
+        allowed = (place[None] < IMAGE) | ((place[None] <= place[:, None]) & (place[:, None] >= IMAGE))
+        x, split = formulas.input(pictures.pixels[row : row + 1], ids)
+        return formulas.linear("mlm_head", formulas.run(x, split, allowed[None]))[0, -1].log_softmax(-1)
+
+    found = caption(model, pictures, start, hidden, end, longest=4, beams=1)
+    for row in range(3):
+        words = [start]
+        while len(words) < 5 and words[-1] != end:
+            words.append(int(shares(words, row).argmax()))
+        assert found[row] == [w for w in words[1:] if w != end]
+    best = caption(model, pictures, start, hidden, end, longest=2, beams=VOCAB**2, length_penalty=0.0)
+    first = shares([start], 0)
+    ended = {(): float(first[end])}
+    for word in range(VOCAB):
+        if word != end:
+            ended[(word,)] = float(first[word]) + float(shares([start, word], 0)[end])
+    assert tuple(best[0]) == max(ended, key=lambda k: ended[k])

@@ -155,6 +155,18 @@ def test_vlmo() -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
+def test_words_of_texts_alone() -> None:
+    config = SMALL | {"text_distance": 9, "both_from": 1, "tasks": {"words": True}}
+    model, data = randomise(ModalityExperts(ModalityExperts.Config.parse(config)), seed=2), batch()
+    words, _ = model.read(data)
+    data.media = {}
+    found = objective("masked_words")(model, data)
+    states = model.text_states(type(words)(data.masked_ids, words.mask))[0]
+    shares = model.word_head(states[data.masked]).double().log_softmax(1)
+    wanted = -shares[torch.arange(5), data.input_ids[data.masked]].sum()
+    assert found.weight == 5 and abs(float(found.total.detach()) - float(wanted.detach())) < 1e-4
+
+
 def beit(**options: Any) -> Multiway:
     config = SMALL | {"text_positions": 12, "codes": 11, "tasks": {"words": True}} | options
     return randomise(Multiway(Multiway.Config.parse(config)), seed=4)  # type: ignore[return-value]

@@ -26,7 +26,13 @@ def masked_words(model: Any, batch: Batch) -> Loss:
 
 
 def words_loss(model: PairModel, batch: Batch) -> tuple[Tensor, int]:
-    """The sum of the losses ``[]`` and the number of hidden words."""
+    """The sum of the losses ``[]`` and the number of hidden words; texts alone go the way of texts, where there is one.
+
+    That is VLMo's stage on text.
+    """
+    if not batch.media and hasattr(model, "text_states"):
+        states = model.text_states(hidden_words(batch))  # [B, T, D], with VLMo a pair
+        return at_hidden(model, states[0] if isinstance(states, tuple) else states, batch)
     _, pictures = model.read(batch)
     joint = model.joint(hidden_words(batch), pictures[0])
     return at_hidden(model, joint.hidden[:, joint.words], batch)
