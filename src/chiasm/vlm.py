@@ -71,7 +71,8 @@ class VLM:
         """The answer to one conversation, or to each of a list of conversations.
 
         ``options``: ``max_new_tokens``, ``stream`` (an iterator of pieces), ``temperature``, ``top_k``, ``top_p``,
-        ``num_beams``, ``repetition_penalty``, ``stop``, ``seed``, ``return_details``: see ``chiasm.infer.engine``.
+        ``num_beams``, ``repetition_penalty``, ``stop``, ``seed``, ``constraint``, ``return_details``: see
+        ``chiasm.infer.engine``.
         """
         if self.model.silent:
             raise ConfigError(self.model.silent)
@@ -375,10 +376,11 @@ def unit_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
 def _check_vocab(config: VLMConfig, tokenizer: Tokenizer) -> None:
     vocab = config.model.vocab
     if vocab is not None and len(tokenizer) > vocab:
-        part = "model.lm" if hasattr(config.model, "lm") else "model.encoders.text"
+        part = "model.lm.vocab" if hasattr(config.model, "lm") else "model.encoders.text.vocab"
+        part = "model.text_vocab" if hasattr(config.model, "text_vocab") else part
         raise ConfigError(
             f"the tokenizer has ids up to {len(tokenizer) - 1} but the language model {vocab} rows; set "
-            f"{part}.vocab to at least {len(tokenizer)}"
+            f"{part} to at least {len(tokenizer)}"
         )
 
 

@@ -30,8 +30,9 @@ def words_loss(model: PairModel, batch: Batch) -> tuple[Tensor, int]:
 
     That is VLMo's stage on text.
     """
-    if not batch.media and hasattr(model, "text_states"):
-        states = model.text_states(hidden_words(batch))  # [B, T, D], with VLMo a pair
+    alone: Any = getattr(model, "text_states", None)
+    if not batch.media and alone is not None:
+        states = alone(hidden_words(batch))  # [B, T, D], with VLMo a pair
         return at_hidden(model, states[0] if isinstance(states, tuple) else states, batch)
     _, pictures = model.read(batch)
     joint = model.joint(hidden_words(batch), pictures[0])
