@@ -229,7 +229,7 @@ def write(rows: list[dict], options: argparse.Namespace, parameters: int) -> Non
         "# Servers, measured",
         "",
         f"`python benchmarks/serve.py`: a random LLaVA of {parameters / 1e6:.0f} M parameters in bfloat16, "
-        f"{options.threads} threads, each client asks {options.requests} streamed questions with a picture of its own, "
+        f"threads: {options.threads}, each client asks {options.requests} streamed questions with a picture of its own, "
         f"{options.tokens} tokens each. {options.note}".strip(),
         "",
         "| server | clients | tokens/s | requests/s | TTFT median, s | TTFT p95, s | per token, ms | peak, MB |",
