@@ -11,8 +11,6 @@ import pytest
 import torch
 from serving_kit import Running, Served, data_url, encoded, picture, serving, shows
 
-from chiasm.infer import constraints
-
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -142,7 +140,6 @@ def test_langchain(running: Running, stream):
     langchain_reads(reply)
 
 
-@pytest.mark.skipif(not hasattr(constraints, "JsonSchema"), reason="the engine has no JSON schemas yet")
 def test_langchain_structured_output(running: Running):
     schema = {"title": "Answer", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "Answer", "schema": schema, "strict": True}}

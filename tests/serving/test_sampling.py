@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import openai
 import pytest
 from serving_kit import Running, shows
-
-from chiasm.infer import constraints
 
 QUESTION = [{"role": "user", "content": "Say something."}]
 
@@ -214,12 +213,6 @@ def test_penalties(client, vlm):
     assert many != texts(client, temperature=0)[0]
 
 
-json_schemas = pytest.mark.skipif(
-    not hasattr(constraints, "JsonSchema"), reason="the engine has no JSON schemas yet: they are refused, see below"
-)
-
-
-@json_schemas
 def test_json_objects(client):
     answer = create(client, response_format={"type": "json_object"}, max_tokens=80, temperature=1, seed=1).choices[0]
     if answer.finish_reason == "stop":
@@ -236,7 +229,6 @@ SCHEMA = {
 }
 
 
-@json_schemas
 def test_json_schemas(client):
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
     for seed in range(3):
@@ -276,8 +268,8 @@ def test_guided_choices(client):
     assert texts(client, extra_body={"guided_choice": ["only"]}) == ["only"]
 
 
-@pytest.mark.skipif(hasattr(constraints, "JsonSchema"), reason="the engine has JSON schemas")
-def test_what_cannot_be_promised_is_refused(running: Running):
+def test_without_the_library_what_cannot_be_promised_is_refused(running: Running, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
     for fields in ({"response_format": form}, {"response_format": {"type": "json_object"}}, {"guided_regex": "[0-9]"}):
         reply = running.chat("x", **fields)
@@ -285,7 +277,6 @@ def test_what_cannot_be_promised_is_refused(running: Running):
         assert reply.error["param"].startswith(next(iter(fields)))
 
 
-@json_schemas
 def test_guided_answers(client):
     assert texts(client, extra_body={"guided_regex": "[0-9]{3}"})[0].isdigit()
     with pytest.raises(openai.BadRequestError):

@@ -20,6 +20,13 @@ from chiasm.cli.options import MODEL, loading, open_model, parts, quantized, sam
 @click.option("--output", type=click.Path(path_type=Path), help="JSONL of {id, text}. Default: standard output.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--system", default=None, help="System prompt.")
+@click.option(
+    "--json-schema",
+    "schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The answer is JSON that is valid under this JSON schema.",
+)
+@click.option("--choices", help="The answer is one of these: yes,no.")
 @sampling
 @quantized
 @loading
@@ -30,6 +37,8 @@ def command(
     output: Path | None,
     batch_size: int,
     system: str | None,
+    schema: Path | None,
+    choices: str | None,
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
@@ -40,6 +49,7 @@ def command(
     if (source is None) == (not words):
         raise click.UsageError("give either a prompt or --input FILE.jsonl")
     settings["stop"] = list(settings["stop"])
+    settings["constraint"] = _constraint(schema, choices)
     if source is None:
         pictures, prompt = parts(words)
         if prompt is None:
@@ -56,6 +66,23 @@ def command(
         return
     vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
     _file(vlm, source, output, batch_size, system, settings)
+
+
+def _constraint(schema: Path | None, choices: str | None) -> Any:
+    if schema is not None and choices is not None:
+        raise click.UsageError("give either --json-schema or --choices")
+    if schema is None and choices is None:
+        return None
+    from chiasm.errors import ConfigError
+    from chiasm.infer.constraints import Choices, JsonSchema
+
+    if choices is not None:
+        return Choices([choice.strip() for choice in choices.split(",")])
+    assert schema is not None
+    try:
+        return JsonSchema(json.loads(schema.read_text()))
+    except ValueError as error:
+        raise ConfigError(f"{schema}: not JSON ({error})") from None
 
 
 def _file(vlm: Any, source: Path, output: Path | None, size: int, system: str | None, settings: dict[str, Any]) -> None:

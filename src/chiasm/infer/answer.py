@@ -39,7 +39,9 @@ class Writer:
         self.ids: list[int] = []
         self.text, self.reason = "", ""
         self.words = words if words is not None else Words(processor)
-        own = () if sampling.ignore_eos else getattr(processor, "stop_strings", ())
+        # A constraint knows what a whole answer is: the template's ends are text like other text to it.
+        free = sampling.ignore_eos or constraint is not None
+        own = () if free else getattr(processor, "stop_strings", ())
         self._stops = StopStrings([*own, *sampling.stop])
         self._decode: Callable[[list[int]], str] = processor.decode
         self._stream = TextStream(processor.decode)
@@ -157,10 +159,10 @@ class _Facts:
 
     def __init__(self, processor: Any):
         self.stop_ids = tuple(processor.stop_ids)
-        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+        return getattr(self.tokenizer, name)
 
 
 def _bias(values: dict[int, float], vocab: int) -> tuple[Tensor, Tensor] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chiasm.errors import DataError
+from chiasm.infer.grammars import Grammar, JsonSchema, Regex
 from chiasm.types import Piece
 
 
@@ -38,7 +39,7 @@ class Constraint(Protocol):
     """A rule for a whole answer. It holds no state of any answer: one object serves many requests at once."""
 
     def start(self, tokenizer: Any) -> State:
-        """The state of a new answer. ``tokenizer`` has ``encode_pieces``, ``stop_ids``. Raises DataError."""
+        """The state of a new answer. ``tokenizer`` has ``stop_ids`` and what a ``Tokenizer`` has. Raises DataError."""
         ...
 
 
@@ -82,4 +83,4 @@ class ChoicesState:
         self.length += 1
 
 
-__all__ = ["Choices", "Constraint", "State"]
+__all__ = ["Choices", "Constraint", "Grammar", "JsonSchema", "Regex", "State"]

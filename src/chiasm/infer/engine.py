@@ -20,6 +20,7 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.base import Fusion
 from chiasm.infer.answer import Writer
 from chiasm.infer.beam import Beams
+from chiasm.infer.constraints import Constraint
 from chiasm.infer.kept import Kept
 from chiasm.infer.prompt import Prompt, prompts_of
 from chiasm.infer.request import Finish
@@ -41,8 +42,9 @@ FEATURES = 1 << 28
 class Answer:
     """What one conversation was answered. ``ids`` leave out the stop id that ended them.
 
-    ``reason`` is "stop" (a stop id), "stop_string", "length" (``max_new_tokens``) or "positions" (the language model
-    has no more). ``score`` is the length-normalised log-probability of a beam, ``seed`` the seed of a sampled answer.
+    ``reason`` is "stop" (a stop id), "stop_string", "constraint" (nothing may follow), "length" (``max_new_tokens``) or
+    "positions" (the language model has no more). ``score`` is the length-normalised log-probability of a beam, ``seed``
+    the seed of a sampled answer.
     """
 
     text: str = ""
@@ -60,15 +62,17 @@ def generate(
     *,
     stream: bool = False,
     return_details: bool = False,
+    constraint: Constraint | None = None,
     **options: Any,
 ) -> Any:
     """Answer one conversation (a list of messages → ``str``) or several (a list of those → ``list[str]``).
 
     ``options`` are those of ``Options``: ``max_new_tokens=128, temperature=0.0, top_k, top_p, num_beams=1,
     length_penalty=1.0, repetition_penalty=1.0, stop=(), seed, use_cache``, and the others of ``Sampling``.
-    ``return_details`` gives ``Answer`` instead of ``str``. ``stream=True`` gives an iterator over pieces of text, for
-    several conversations over ``(index, piece)``; the pieces of a conversation, joined, are its text (with beams there
-    is one piece, at the end).
+    ``constraint`` says what an answer may be (``chiasm.infer.constraints``: ``JsonSchema``, ``Choices``, ``Regex``,
+    ``Grammar``). ``return_details`` gives ``Answer`` instead of ``str``. ``stream=True`` gives an iterator over pieces
+    of text, for several conversations over ``(index, piece)``; the pieces of a conversation, joined, are its text (with
+    beams there is one piece, at the end).
 
     Raises ConfigError for options that make no sense, DataError for a prompt that the model has no room for.
     """
@@ -81,7 +85,7 @@ def generate(
     prompts = [conversations] if single else list(conversations)
     batch = processor.batch(prompts, add_generation_prompt=True, padding_side="left")
     engine = Engine(model, processor)
-    run = engine.start(batch, chosen)
+    run = engine.start(batch, chosen, constraint)
     if stream:
         return (piece for _, piece in run.pieces()) if single else run.pieces()
     answers = run.finish()
@@ -97,8 +101,10 @@ class Engine:
         self.stop_ids = frozenset(processor.stop_ids)
         self.stop_strings = tuple(getattr(processor, "stop_strings", ()))
 
-    def start(self, batch: Batch, options: Options) -> Run:
+    def start(self, batch: Batch, options: Options, constraint: Constraint | None = None) -> Run:
         """Check a left-padded batch of prompts and make it ready. Raises DataError where a prompt does not fit."""
+        if constraint is not None and options.num_beams > 1:
+            raise ConfigError(f"beam search (num_beams={options.num_beams}) follows no constraint: leave one out")
         lengths = (batch.segment_ids != 0).sum(dim=1).tolist()
         names = batch.ids or [str(row) for row in range(len(lengths))]
         if not bool((batch.segment_ids[:, -1] != 0).all()):
@@ -117,7 +123,7 @@ class Engine:
                 )
             left = options.max_new_tokens if room is None else room - 1 if written else room - length
             limits.append(min(options.max_new_tokens, left))
-        return Run(self, batch, options, lengths, limits)
+        return Run(self, batch, options, lengths, limits, constraint)
 
     def steps(self, run: Run) -> Steps:
         """The prefilled model."""
@@ -132,8 +138,16 @@ class Engine:
 class Run:
     """One batch being answered. ``pieces`` streams, ``finish`` waits for the whole."""
 
-    def __init__(self, engine: Engine, batch: Batch, options: Options, lengths: list[int], limits: list[int]):
-        self.engine, self.batch, self.options = engine, batch, options
+    def __init__(
+        self,
+        engine: Engine,
+        batch: Batch,
+        options: Options,
+        lengths: list[int],
+        limits: list[int],
+        constraint: Constraint | None = None,
+    ):
+        self.engine, self.batch, self.options, self.constraint = engine, batch, options, constraint
         self.lengths, self.limits = lengths, limits
         self.answers = [Answer(prompt_tokens=length) for length in lengths]
         self._words = Words(engine.processor)
@@ -167,7 +181,8 @@ class Run:
             prompt,
             self.limits[row],
             int(vocab),
-            words=self._words,  # type: ignore[arg-type]
+            self.constraint,
+            self._words,  # type: ignore[arg-type]
         )
 
     def _in_slots(self) -> Iterator[tuple[int, str]]:
