@@ -68,6 +68,7 @@ CONNECTORS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "linear": ({"type": "linear"}, {"image": 6}),
     "mlp": ({"type": "mlp", "depth": 3, "hidden": 9}, {"image": 6}),
     "pixel_shuffle": ({"type": "pixel_shuffle", "factor": 2, "depth": 2, "bias": True}, {"image": 6}),
+    "neighbours": ({"type": "neighbours", "factor": 4}, {"image": 6}),
     "dynamic": ({"type": "dynamic", "keep": 5, "then": {"type": "mlp", "hidden": 9}}, {"image": 8}),
     "gate": ({"type": "gate", "then": {"type": "linear"}}, {"image": 6, "detail": 4}),
     "gate/tanh": ({"type": "gate", "mode": "residual_tanh"}, {"image": 6, "detail": 4}),

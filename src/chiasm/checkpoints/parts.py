@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chiasm import registry
-from chiasm.checkpoints import halves, openflamingo
+from chiasm.checkpoints import halves, minigpt4, openflamingo
 from chiasm.config import PartConfig
 from chiasm.connectors.qformer import QFormer
 from chiasm.convert import maps, maps_blip
@@ -37,8 +37,9 @@ def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = F
     A query transformer may be given in halves: see ``halves``.
     """
     path = Path(path)
-    if part == openflamingo.NAME:
-        return openflamingo.load(model, path, allow_pickle)
+    for whole_file in (openflamingo, minigpt4):
+        if part == whole_file.NAME:
+            return whole_file.load(model, path, allow_pickle)
     part, half = halves.split(part)
     config = part_config_of(model.config, part)
     if half and not isinstance(config, QFormer.Config):

@@ -11,6 +11,7 @@ from chiasm import registry
 from chiasm.model_config import VLMConfig
 from chiasm.presets import (
     blip2,
+    blip2_clip,
     fused,
     hf_blip2,
     hf_idefics,
@@ -24,10 +25,13 @@ from chiasm.presets import (
     llava,
     llava_next,
     llava_onevision,
+    minigpt4,
+    minigpt_v2,
     openflamingo,
     original_clip,
     original_llava,
     towers,
+    video_llama,
     vit,
 )
 from chiasm.presets.record import Preset
@@ -37,6 +41,7 @@ from chiasm.presets.tiny import tiny as shrink
 __all__ = [
     "Preset",
     "blip2",
+    "blip2_clip",
     "fused",
     "hf_blip2",
     "hf_idefics",
@@ -50,6 +55,8 @@ __all__ = [
     "llava",
     "llava_next",
     "llava_onevision",
+    "minigpt4",
+    "minigpt_v2",
     "openflamingo",
     "original_clip",
     "original_llava",
@@ -57,6 +64,7 @@ __all__ = [
     "presets",
     "record_of",
     "towers",
+    "video_llama",
     "vit",
 ]
 

@@ -8,6 +8,8 @@ reads a prefix of 32 vectors and then the instruction once more. It is classed h
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from chiasm.model_config import VLMConfig
 from chiasm.presets.blip2 import (
     BRIDGE,
@@ -135,3 +137,66 @@ def instructblip_flan_t5_xl() -> VLMConfig:
 def instructblip_flan_t5_xxl() -> VLMConfig:
     """InstructBLIP on Flan-T5-XXL."""
     return blip2_flan_t5_xxl().edit(**READS, **{"processing.instruction": {"max_length": 512}})
+
+
+# ---------------------------------------------------------------------------------------------------------------- clips
+
+INSTRUCT_BLIP_VIDEO = replace(
+    INSTRUCT_BLIP,
+    family="InstructBLIP-Video",
+    differences=(
+        *INSTRUCT_BLIP.differences,
+        "A clip has 4 frames, as transformers' class takes it; any other number is `processing.media.video.frames`. "
+        "Pictures stay pictures of 32 vectors; there a picture is repeated four times to make a clip.",
+    ),
+    choices=(
+        *INSTRUCT_BLIP.choices,
+        "Weights are InstructBLIP's: nothing was trained on clips. transformers publishes the form; LAVIS reads clips "
+        "the same way, frame by frame.",
+    ),
+    verified=(
+        *INSTRUCT_BLIP.verified[:2],
+        "Clips: the vectors of every frame and the logits within 1e-5 of transformers' "
+        "`InstructBlipVideoForConditionalGeneration`, several clips with instructions of unequal lengths. Its "
+        "processor needs torchvision and was not run. `tests/parity/test_minigpt.py`",
+        TINY,
+    ),
+)
+
+
+def _clips(config: VLMConfig) -> VLMConfig:
+    """Clips beside pictures: 4 frames, each through the Q-Former with the instruction, one after the other."""
+    return config.edit(
+        **{
+            "model.media.video": {"encoders": ["image"], "connector": "image", "merge": {"type": "flat"}},
+            "processing.media.video": {
+                "type": "video",
+                "frames": 4,
+                "image": {"type": "image", "size": 224, "fit": "squash"},
+            },
+        }
+    )
+
+
+@published(
+    "instructblip-video-vicuna-7b",
+    INSTRUCT_BLIP_VIDEO,
+    base=BASE | {"lm": "Vicuna-7B v1.1"},
+    parameters=7_913_210_624,
+    licences=VICUNA,
+)
+def instructblip_video_vicuna_7b() -> VLMConfig:
+    """InstructBLIP on Vicuna-7B reading clips: 4 frames of 32 vectors."""
+    return _clips(instructblip_vicuna_7b())
+
+
+@published(
+    "instructblip-video-flan-t5-xl",
+    INSTRUCT_BLIP_VIDEO,
+    base=BASE | {"lm": "google/flan-t5-xl"},
+    parameters=4_022_969_088,
+    licences=FLAN,
+)
+def instructblip_video_flan_t5_xl() -> VLMConfig:
+    """InstructBLIP on Flan-T5-XL reading clips."""
+    return _clips(instructblip_flan_t5_xl())

@@ -16,7 +16,8 @@ from chiasm.presets.tiny_towers import tiny_classifier, tiny_towers
 PATCH = 4  # pixels of a tiny patch's side
 QUARTER = 4  # a tiny tower sees a quarter of the patches a side
 TOWER = {"dim": 32, "depth": 3, "heads": 4, "mlp": 64, "patch": PATCH}
-QFORMER = {"queries": 8, "dim": 32, "depth": 3, "heads": 4, "mlp": 64}
+BODY = {"dim": 32, "heads": 4, "mlp": 64}
+QFORMER = BODY | {"queries": 8, "depth": 3}
 RESAMPLER = {"queries": 8, "depth": 2, "heads": 2, "head_dim": 8}
 HF: dict[str, dict[str, Any]] = {  # by transformers' model_type
     "opt": {
@@ -50,12 +51,7 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
         sizes[encoder["image_size"]] = small
         encoder.update(TOWER, image_size=small)
     for connector in model["connectors"].values():
-        if connector["type"] == "qformer":
-            connector.update(QFORMER)
-            if connector["text"]:
-                connector["text"].update(vocab=vocab)
-        if connector["type"] == "resampler":
-            connector.update(RESAMPLER)
+        _shrink_connector(connector, vocab)
     if model["type"] == "cross_attention":
         _shrink_blocks(model)
     if "lm" in model:
@@ -67,6 +63,22 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
         if "frames" in front_end:
             front_end["frames"] = min(front_end["frames"], 4)
     return VLMConfig.parse(dump)
+
+
+def _shrink_connector(connector: dict[str, Any], vocab: int) -> None:
+    """Sizes of a connector, in place, and of the one that a gate hands on to; linear layers follow their ends."""
+    if connector["type"] == "qformer":
+        connector.update(QFORMER)
+        if connector["text"]:
+            connector["text"].update(vocab=vocab)
+    elif connector["type"] == "resampler":
+        connector.update(RESAMPLER)
+    elif connector["type"] == "hierarchical":
+        connector.update(frame_queries=8, queries=8)
+        for level in ("frame", "clip"):
+            connector[level].update(BODY, depth=min(connector[level]["depth"], 3))
+    elif connector["type"] == "gate":
+        _shrink_connector(connector["then"], vocab)
 
 
 def _shrink_lm(lm: dict[str, Any], vocab: int) -> None:
