@@ -149,11 +149,13 @@ def test_the_gate_tells_kl_and_agreement():
     assert same.kl == pytest.approx(0, abs=1e-6) and same.agreement == 1
 
 
-def logits_of(lm: Decoder, prompts: list[torch.Tensor]):
-    with torch.inference_mode():
-        for ids in prompts:
-            positions = torch.arange(len(ids)).unsqueeze(0)
-            yield lm.head(lm(lm.embed(ids.unsqueeze(0)), positions, torch.ones_like(positions)))[0]
+@torch.inference_mode()
+def logits_of(lm: Decoder, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    found = []  # no generator: two of them at work would leave each other's mode behind
+    for ids in prompts:
+        positions = torch.arange(len(ids)).unsqueeze(0)
+        found.append(lm.head(lm(lm.embed(ids.unsqueeze(0)), positions, torch.ones_like(positions)))[0])
+    return found
 
 
 def test_names_choose_what_is_quantized():
