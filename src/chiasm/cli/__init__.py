@@ -17,6 +17,7 @@ VERBS = {
     "chat": "Talk to a model about pictures.",
     "serve": "Answer requests of OpenAI's clients, and a chat page, over HTTP.",
     "generate": "Answer one prompt, or every line of a JSONL file.",
+    "batch": "Answer a file of requests in OpenAI's batch format; a run that was cut goes on.",
     "classify": "Sort pictures into classes that are named in words, without training.",
     "index": "Index a folder of pictures, to be searched by words and by pictures.",
     "search": "Find pictures by words, pictures by pictures, or texts by pictures.",
