@@ -16,6 +16,7 @@ from chiasm.train import load_recipe, train
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
 PUBLISHED = ("llava-1", "llava-1.5", "llava-next", "llava-onevision")
+WITH_METHODS = ("llava-1.5-lora", "one-24gb-gpu")
 REAL = ("stories", "nlvr", "photos")
 
 
@@ -45,7 +46,7 @@ def test_published_numbers_stand_in_the_preset_too(name):
         assert published.warmup == mine.warmup_ratio and published.weight_decay == mine.weight_decay
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *WITH_METHODS])
 def test_tiny_form_trains(name, tmp_path, monkeypatch):
     recipe, vlm = tiny(name, tmp_path, monkeypatch)
     steps = [
