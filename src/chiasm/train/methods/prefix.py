@@ -75,17 +75,21 @@ class PrefixDecoderAttention(_Prefixed, decoder.Attention):
 
 
 class PrefixAttention(_Prefixed, Attention):
-    """Bidirectional attention with a prefix."""
+    """Attention of an encoder with a prefix, which every position sees."""
 
     def __init__(self, base: Attention, method: PrefixConfig):
         self.take(base, method, base.heads, base.q.out_features // base.heads)
         self.heads = base.heads
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``x [B, N, D]``, ``mask [B, N]`` → ``[B, N, D]``."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """``x [B, N, D]``, ``mask [B, N]`` (not with ``causal``) → ``[B, N, D]``."""
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         keys, values = self.rows(k)
-        allowed = None if mask is None else F.pad(mask, (self.method.tokens, 0), value=True)[:, None, None, :]
+        allowed = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, N]
+        if causal:
+            allowed = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
+        if allowed is not None:
+            allowed = F.pad(allowed, (self.method.tokens, 0), value=True)  # [B, 1, 1 or N, P + N]
         k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)  # [B, H, P + N, Dh]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B, H, N, Dh]
         return self.out(mixed.transpose(1, 2).flatten(2))  # [B, N, D]
