@@ -203,6 +203,31 @@ def test_parameters_of_two_levels(name):
     assert count + llama_count(CLIPS[name]) + rest == record_of(name).parameters
 
 
+MAPPED, SKETCH = "minigpt-5", "minigpt-gated-sketch"
+
+
+def test_parameters_of_minigpt_5():
+    """BLIP-2 with a Llama of eight more rows; the mapper is two linear layers, torch's transformer and 77 vectors."""
+    transformers = pytest.importorskip("transformers")
+    text_config = VICUNA_7B | {"vocab_size": 32008}
+    config = transformers.Blip2Config(vision_config={}, qformer_config={}, text_config=text_config)
+    count = of_transformers("Blip2ForConditionalGeneration", config)
+    with torch.device("meta"):
+        mapper = torch.nn.Transformer(1024, 8, 4, 4, 4096)
+    count += sum(p.numel() for p in mapper.parameters()) + 4097 * 1024 + 1025 * 1024 + 77 * 1024
+    assert count == record_of(MAPPED).parameters
+
+
+def test_parameters_of_the_gated_sketch():
+    transformers = pytest.importorskip("transformers")
+    plain = {key: value for key, value in CLIP_224.items() if key != "model_type"} | {"num_hidden_layers": 23}
+    count = of_transformers("CLIPVisionModel", transformers.CLIPVisionConfig(**plain))
+    count += of_transformers("Blip2VisionModel", transformers.Blip2VisionConfig())
+    count += of_transformers("Blip2QFormerModel", transformers.Blip2QFormerConfig(encoder_hidden_size=1024))
+    gate = 1409 * 1024 + 2049 * 1024
+    assert count + gate + llama_count(VICUNA_7B) + 32 * 768 + 769 * 4096 == record_of(SKETCH).parameters
+
+
 IDEFICS = {"idefics-9b": 2, "idefics-9b-instruct": 3, "idefics-80b": 2, "idefics-80b-instruct": 3}
 OPENFLAMINGO = {  # class of transformers, its configuration, what it lacks, width of the language model, blocks
     "openflamingo-3b": ("Mpt", {"d_model": 2048, "n_layers": 24, "n_heads": 16}, 24 * 2 * 2048, 2048, 24),
@@ -270,7 +295,7 @@ def test_parameters_of_a_linear_connector(name, lm):
 
 
 def test_every_preset_was_compared():
-    bridges = {*BLIP2, *CLIP_L, *STRIPS, *CLIPS}
+    bridges = {*BLIP2, *CLIP_L, *STRIPS, *CLIPS, MAPPED, SKETCH}
     assert set(NAMES) == {*PUBLISHED, *bridges, *IDEFICS, *OPENFLAMINGO, "llava-1-7b", "llava-1-13b"}
 
 
@@ -384,6 +409,8 @@ def test_conventions_are_the_authors(name):
         assert read == (-1, "unused", "patch") and image.fit == "crop" and tower.activation == "quick_gelu"
     elif name in IDEFICS:
         assert read == (-1, "unused", "cls_patch") and image.fit == "squash" and tower.activation == "gelu"
+    elif name == SKETCH:  # both towers' patches, so that one grid lies on the other
+        assert read == (-1, "applied", "patch") and config.model.encoders["detail"].select == "patch"
     elif tower.depth == 39 or name in CLIP_L:
         assert read == (-1, "applied", "patch" if name in STRIPS else "cls_patch") and image.fit == "squash"
         assert tower.activation == ("quick_gelu" if name in CLIP_L else "gelu")
@@ -412,8 +439,8 @@ def test_pictures_of_each_system():
 # ------------------------------------------------------------------------------------------------------ records
 
 
-FIRST_RATE = {"LLaVA-1": 2e-3, "Idefics": None, "MiniGPT-v2": None} | dict.fromkeys(
-    ("BLIP-2", "InstructBLIP", "InstructBLIP-Video", "OpenFlamingo", "MiniGPT-4", "Video-LLaMA"), 1e-4
+FIRST_RATE = {"LLaVA-1": 2e-3, "Idefics": None, "MiniGPT-v2": None, "MiniGPT-5": 2e-5} | dict.fromkeys(
+    ("BLIP-2", "InstructBLIP", "InstructBLIP-Video", "OpenFlamingo", "MiniGPT-4", "Video-LLaMA", "gated sketch"), 1e-4
 )
 
 
@@ -483,6 +510,8 @@ MAY_DIFFER = (
     "model.connectors.image.head_dim",
     "model.connectors.image.text.vocab",
     "model.connectors.image.frame_queries",
+    "model.connectors.image.then.*",
+    "model.vokens.*",
     "model.connectors.image.frame.*",
     "model.connectors.image.clip.*",
     "model.blocks.heads",
@@ -603,6 +632,7 @@ def test_every_parameter_of_a_tiny_form_learns(name, tokenizer, rng):
     idle = {f"encoders.image.{n}" for n in model.encoders["image"].unused()}
     connector = model.connectors["image"]
     idle |= {f"connectors.image.{n}" for n in connector.unused()} if hasattr(connector, "unused") else set()
+    idle |= {n for n, _ in model.named_parameters() if n.startswith("mapper.")}  # learns from pictures to be painted
     silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert silent == idle
 

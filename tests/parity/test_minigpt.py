@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from hf_folders import randomise
+from PIL import Image
 
 import chiasm
 from chiasm.checkpoints import minigpt4 as released
@@ -22,8 +23,10 @@ from chiasm.convert.io import open_weights
 from chiasm.convert.rules import AnyRule
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.fusion.splice import Splice
+from chiasm.lm.tokenizer import Tokenizer
 from chiasm.presets import hf_blip2
 from chiasm.presets.hf_parts import read_lm
+from chiasm.presets.minigpt_v2 import asked
 from chiasm.types import Batch, Condition, Count, Layout, MediaBatch, Tokens
 
 RNG = torch.Generator().manual_seed(5)
@@ -228,3 +231,46 @@ def test_clips_of_instructblip(tmp_path: Path):
 def replaced(batch: Batch, pixels: torch.Tensor) -> Batch:
     batch.media["video"].inputs = pixels
     return batch
+
+
+# ------------------------------------------------------------------------------------- answers, and what a folder keeps
+
+NEW = [
+    "blip2-clip-l-opt-2.7b",
+    "instructblip-video-vicuna-7b",
+    "minigpt-4-vicuna-7b",
+    "minigpt-4-llama-2-7b",
+    "minigpt-v2",
+    "minigpt-5",
+    "minigpt-gated-sketch",
+    "video-llama-7b",
+]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_answers_and_folders(name: str, tmp_path: Path):
+    """The same answer before and after a folder, to a picture and, where clips are read, to a clip."""
+    tokenizer = Tokenizer.from_folder(Path(chiasm.__file__).parent / "weights" / "tiny-lm")
+    tokenizer = tokenizer.with_instruction(tokenizer) if name.startswith("instructblip") else tokenizer
+    torch.manual_seed(2)
+    vlm = chiasm.build(chiasm.preset(name, tiny=True, vocab=tokenizer.vocab_size), tokenizer=tokenizer)
+    picture = Image.fromarray((torch.rand(20, 30, 3, generator=RNG) * 255).to(torch.uint8).numpy())
+    media = [{"type": "image", "image": picture}]
+    if "video" in vlm.config.processing.media:
+        media.append({"type": "video", "video": [picture] * 5})
+    talks = [[{"role": "user", "content": [m, {"type": "text", "text": "What is this?"}]}] for m in media]
+    answers = vlm.generate(talks, max_new_tokens=5)
+    assert len(answers) == len(media) and all(isinstance(text, str) for text in answers)
+    vlm.save(tmp_path / "model")
+    again = chiasm.load(tmp_path / "model")
+    mine, theirs = vlm.state_dict(), again.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert again.generate(talks, max_new_tokens=5) == answers
+
+
+def test_tasks_of_minigpt_v2():
+    assert asked("vqa", "What is this?") == "[vqa] What is this?"
+    with pytest.raises(ConfigError, match="MiniGPT-v2 has no task 'vqq'"):
+        asked("vqq", "What is this?")
+    image = chiasm.preset("minigpt-v2").processing.media["image"]
+    assert image.size == 448 and chiasm.preset("minigpt-v2").count("image", Layout(1, (3, 448, 448))) == 256

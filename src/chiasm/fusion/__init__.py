@@ -11,6 +11,7 @@ from chiasm.fusion import (
     query_text,
     single_stream,
     splice,
+    vokens,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "query_text",
     "single_stream",
     "splice",
+    "vokens",
 ]

@@ -52,6 +52,8 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
         encoder.update(TOWER, image_size=small)
     for connector in model["connectors"].values():
         _shrink_connector(connector, vocab)
+    if model["type"] == "vokens":  # the last of the vocabulary
+        model["vokens"].update(first=vocab - model["vokens"]["number"], features=5, dim=32, depth=2, heads=4, mlp=64)
     if model["type"] == "cross_attention":
         _shrink_blocks(model)
     if "lm" in model:
