@@ -229,8 +229,8 @@ def write(rows: list[dict], options: argparse.Namespace, parameters: int) -> Non
         "# Servers, measured",
         "",
         f"`python benchmarks/serve.py`: a random LLaVA of {parameters / 1e6:.0f} M parameters in bfloat16, "
-        f"threads: {options.threads}, each client asks {options.requests} streamed questions with a picture of its own, "
-        f"{options.tokens} tokens each. {options.note}".strip(),
+        f"threads: {options.threads}, each client asks {options.requests} streamed questions with a picture of its "
+        f"own, {options.tokens} tokens each. {options.note}".strip(),
         "",
         "| server | clients | tokens/s | requests/s | TTFT median, s | TTFT p95, s | per token, ms | peak, MB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

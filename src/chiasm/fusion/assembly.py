@@ -28,7 +28,7 @@ def assemble(
     for name, c in config.connectors.items():
         in_dims = {source: encoders[source].dim for source in _sources(config, name)}
         own = next(iter(in_dims.values()))
-        out_dim = {"lm": lm.dim, "encoder": own}.get(width, width)
+        out_dim = width if isinstance(width, int) else {"lm": lm.dim, "encoder": own}[width]
         connectors[name] = registry.get("connector", c.type)(c, in_dims=in_dims, out_dim=out_dim)
     return encoders, connectors, lm
 

@@ -23,7 +23,8 @@ class LM(nn.Module):
     ``segments [B, T]`` says which conversation a position belongs to (0: padding); a position attends to the earlier
     positions of its own segment. ``positions [B, T]`` are counted inside the segment. ``cache`` holds the keys and
     values of what came before. ``cross[i]`` maps the hidden states ``[B, T, D]`` before layer ``i``, or after the last
-    where ``i`` is ``depth`` (gated cross-attention). Encoder-decoder models set ``encoder_decoder`` and implement ``encode`` and ``decode`` instead.
+    where ``i`` is ``depth`` (gated cross-attention). Encoder-decoder models set ``encoder_decoder`` and implement
+    ``encode`` and ``decode`` instead.
     """
 
     Config: type[LMConfig] = LMConfig

@@ -24,7 +24,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def cleaner(how: Cleaning) -> Callable[[str], str]:
     """The function of this name."""
-    return {"none": str, "clip": _clip, "siglip": _siglip, "lower": str.lower, "albef": _albef}[how]
+    named: dict[str, Callable[[str], str]] = {"none": str, "clip": _clip, "siglip": _siglip, "lower": str.lower}
+    return (named | {"albef": _albef})[how]
 
 
 def _clip(text: str) -> str:

@@ -67,7 +67,7 @@ def _of_folder(name: str) -> Processor:
     if own.is_own(values):
         return _made(VLMConfig.parse(values, where=str(path / "config.json")), Tokenizer.from_folder(path))
     found = reader_of(values, path).read(path, values, Options())
-    return _made(found.config, Tokenizer.from_folder(Path(found.tokenizer)))
+    return _made(found.config, Tokenizer.from_folder(found.tokenizer or path))
 
 
 def _made(config: VLMConfig, tokenizer: Tokenizer) -> Processor:

@@ -55,7 +55,7 @@ class Scenes(Family):
     """Colour, shape, size, place, count and relations."""
 
     name = "scene"
-    kinds = (
+    kinds: tuple[str, ...] = (
         *("color", "shape", "where", "what", "size"),
         *("count_all", "count_color", "count_shape"),
         *("relation", "relative_color", "relative_shape"),
