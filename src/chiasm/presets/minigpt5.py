@@ -2,10 +2,10 @@
 
 Paper: MiniGPT-5 (arXiv:2310.02239). Reference: eric-ai-lab/MiniGPT-5 21308c1.
 
-The project's source documents draw MiniGPT-5 as a gate over two encoders, ``g·clip + (1 − g)·lvg``, then a Q-Former
-and a linear layer. Its code has neither gate nor second encoder: pictures go in as in MiniGPT-4; new is how they come
-out. Both are offered: ``minigpt-5`` is the published one without the diffusion model, ``minigpt-gated-sketch`` the drawn
-one. What "lvg" is the documents do not say; here EVA-CLIP ViT-g stands for it.
+The project's source documents draw MiniGPT-5 as a gate over two encoders, ``g·clip + (1 − g)·lvg``, then a
+Q-Former and a linear layer. Its code has neither gate nor second encoder: pictures go in as in MiniGPT-4; new is
+how they come out. Both are offered: ``minigpt-5`` is the published one without the diffusion model,
+``minigpt-gated-sketch`` the drawn one. What "lvg" is the documents do not say; here EVA-CLIP ViT-g stands for it.
 
 Differences by design: see ``fusion/vokens.py``; the diffusion model is not part of this package.
 """
