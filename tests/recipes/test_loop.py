@@ -10,10 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_run import renderer, source, tiny_vlm, write_mixed, write_pictures
+from torch import nn
 
 from chiasm.data.loader import BatchPlan, load
 from chiasm.data.mixture import Entry, Mixture
 from chiasm.errors import CheckpointError
+from chiasm.train import checkpoint
 from chiasm.train.loop import NotFinite, StageRun
 from chiasm.train.objectives.next_token import next_token
 from chiasm.train.recipe import Stage
@@ -325,3 +327,12 @@ def test_overfits_eight_samples_and_stops(data, tmp_path):
             prompt.loss_mask = torch.cat([prompt.loss_mask, torch.tensor([False])])
         assert ids[-1] in vlm.processor.stop_ids
         assert vlm.processor.decode(ids).strip() == example.messages[1].text
+
+
+def test_the_mark_reads_a_tensor_of_any_size():
+    """28,311,552 (49,152 x 576, a published embedding): float32 has no such place as its last one."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(1).expand(28_311_552))  # one number in memory
+    first = checkpoint.digest(model, {"weight": None})
+    model.weight = nn.Parameter(torch.ones(1).expand(28_311_552))
+    assert checkpoint.digest(model, {"weight": None}) != first
