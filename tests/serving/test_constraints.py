@@ -54,6 +54,13 @@ SCHEMAS = {
         "additionalProperties": False,
     },
 }
+CHAIN = {
+    "$ref": "#/$defs/a0",
+    "$defs": {
+        **{f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(1000)},
+        "a1000": {"type": "object"},
+    },
+}
 QUESTION = [{"role": "user", "content": "What is it?"}]
 
 
@@ -218,6 +225,8 @@ def test_the_command(vlm, tmp_path):
         (lambda: Regex("a(?=b)"), "regular expression"),
         (lambda: Grammar("start: x"), "grammar"),
         (lambda: Grammar(""), "grammar"),
+        (lambda: JsonSchema(CHAIN), "$ref"),  # these two ended the whole process
+        (lambda: Grammar("start: x0\n" + "\n".join(f"x{i}: x{i + 1}" for i in range(4500)) + '\nx4500: "a"'), "rules"),
         (lambda: Choices([]), "choices"),
         (lambda: Choices(["a", ""]), "empty"),
     ],

@@ -26,6 +26,9 @@ from chiasm.infer.words import Words
 END = b"<|end of the answer|>"
 WHITE = r"( |\n {0,8})?"
 """White space between the parts of JSON: none, a space, or a new line. Without a bound some models never end it."""
+MOST = 1000
+"""Parts of a grammar, or of a schema with references. Chains of some thousand end llguidance 1.9 by a full stack, and
+the process with it; without references its JSON reader bounds the depth by itself."""
 PROBE = '{"a": [1, 2.5, true], "b c": "it is"}'
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Vocabulary]] = WeakKeyDictionary()
 
@@ -64,6 +67,11 @@ class JsonSchema(Guided):
             schema = schema.model_json_schema()
         if not isinstance(schema, dict):
             raise DataError(f"a JSON schema is an object, this is {type(schema).__name__}", "constraint")
+        nodes, referring = _size(schema)
+        if referring and nodes > MOST:
+            raise DataError(
+                f"the JSON schema has $ref and {nodes} objects and lists; at most {MOST} can be followed", "constraint"
+            )
         rules = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITE}
         try:
             text = _library().LLMatcher.grammar_from_json_schema(schema, overrides=rules)
@@ -85,6 +93,9 @@ class Grammar(Guided):
     """The answer is derived from ``start`` of a grammar in llguidance's form of Lark's syntax."""
 
     def __init__(self, text: str):
+        parts = sum(map(text.count, "([{:"))
+        if parts > MOST:
+            raise DataError(f"the grammar has {parts} rules and groups; at most {MOST} can be followed", "constraint")
         super().__init__(_library().LLMatcher.grammar_from_lark(text))
 
 
@@ -204,6 +215,18 @@ def _after_a_space(text: str) -> str:
     """The grammar behind one space, which the decoder takes off again: as the tokenizer writes the text itself."""
     inner = json.loads(text)["grammars"][0] if text.startswith("{") else {"lark_grammar": text}
     return json.dumps({"grammars": [{"lark_grammar": 'start: " " @inner'}, {**inner, "name": "inner"}]})
+
+
+def _size(schema: Any) -> tuple[int, bool]:
+    """Objects and lists in a schema, and whether any refers to another."""
+    nodes, referring, left = 0, False, [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            nodes += 1
+            referring |= isinstance(value, dict) and any("ref" in str(key).lower() for key in value)
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return nodes, referring
 
 
 def _called(call: Callable[[], Any], name: str) -> Any:
