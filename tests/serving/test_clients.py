@@ -28,7 +28,11 @@ def test_the_official_client(running: Running):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 5
     assert answer._request_id and answer.system_fingerprint
     raw = client.chat.completions.with_raw_response.create(
-        model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=1, extra_headers={"X-Request-Id": "mine"}
+        model="tiny",
+        messages=[{"role": "user", "content": "x"}],
+        max_tokens=1,
+        temperature=0,
+        extra_headers={"X-Request-Id": "mine"},
     )
     assert raw.headers["x-request-id"] == "mine" and raw.parse().choices[0].finish_reason == "length"
 
