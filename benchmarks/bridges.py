@@ -1,13 +1,15 @@
 """Every bridge between a picture and a language model, side by side: same tower, language model, data and steps.
 
     python benchmarks/bridges.py [--align 250] [--instruct 900] [--limit 1100] [--rows mlp qformer ...]
+    python benchmarks/bridges.py --gather       (the table of the rows that were run at other times)
 
 The demo's two stages on the playground: the bridge alone learns captions, then the bridge and the language model learn
 questions; the tower stays frozen. Nothing but the bridge and its learning rate differs. Every row runs in a process of
 its own, whose peak of resident memory is measured, and is scored by task with the pictures that belong to the questions
 and, as a blind control, with those of other questions. On two quiet cores a row takes about five minutes at the steps
-above (the demo takes four), all of them a little over an hour; the time goes by the steps. Results go to
-``benchmarks/results/bridges.json`` and ``bridges.md`` after every row.
+above (the demo takes four), all of them a little over an hour; the time goes by the steps. A row is kept in its run's
+folder, and after every row all that were kept with the same settings go to ``benchmarks/results/bridges.json`` and
+``bridges.md``: the table may be made row by row, and a row that is run again replaces the one before.
 """
 
 from __future__ import annotations
@@ -80,8 +82,12 @@ def recipe(name: str, options: argparse.Namespace) -> dict[str, Any]:
     plan = {"*": "train", "encoders": "freeze", **bridge}
     second |= {"steps": options.instruct, "plan": plan, "batch_size": options.batch, "proof": "tell"}
     values["eval"] |= {"examples": 0, "shuffled": True}
-    out = options.runs / name.replace(", ", "-").replace(" ", "-")
-    return values | {"name": name, "out": str(out), "device": "cpu"}
+    return values | {"name": name, "out": str(folder(name, options)), "device": "cpu"}
+
+
+def folder(name: str, options: argparse.Namespace) -> Path:
+    """Where the run of a row lies."""
+    return options.runs / name.replace(", ", "-").replace(" ", "-")
 
 
 def one(values: dict[str, Any]) -> None:
@@ -137,6 +143,7 @@ def main() -> None:
     parser.add_argument("--instruct", type=int, default=900, help="steps of the second stage")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=int, default=1100, help="held-out questions")
+    parser.add_argument("--gather", action="store_true", help="run nothing, write the table of the rows kept")
     parser.add_argument("--rows", nargs="+", choices=list(BRIDGES), default=list(BRIDGES))
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "bridges")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -145,13 +152,34 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         return one(json.loads(options.one))
-    rows: list[dict[str, Any]] = []
-    for name in options.rows:
-        rows.append({"name": name} | start(recipe(name, options)))
-        last = rows[-1]
-        scores = f"{share(last, 'true'):.1%}, blind {share(last, 'shuffled'):.1%}"
-        print(f"{name}: {last['seconds']} s, {scores}", flush=True)
-        write(rows, options)
+    for name in () if options.gather else options.rows:
+        row = {"name": name, "settings": settings(options)} | start(recipe(name, options))
+        (folder(name, options) / "row.json").write_text(json.dumps(row))
+        print(f"{name}: {row['seconds']} s, {share(row, 'true'):.1%}, blind {share(row, 'shuffled'):.1%}", flush=True)
+        write(gathered(options), options)
+    if options.gather:
+        write(gathered(options), options)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What all rows of a table have in common, besides the machine."""
+    return {key: getattr(options, key) for key in ("align", "instruct", "batch", "limit")} | {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def gathered(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that were kept, in the table's order. Those of other settings are left out, and told."""
+    kept = [folder(name, options) / "row.json" for name in BRIDGES]
+    rows = [json.loads(path.read_text()) for path in kept if path.exists()]
+    for row in rows:
+        if row["settings"] != settings(options):
+            print(f"left out, of other settings: {row['name']} {row['settings']}", flush=True)
+    rows = [row for row in rows if row["settings"] == settings(options)]
+    if not rows:
+        raise SystemExit(f"no row of {settings(options)} in {options.runs}")
+    return rows
 
 
 def share(row: dict[str, Any], pictures: str, prefixes: tuple[str, ...] | None = None) -> float:
@@ -164,8 +192,7 @@ def share(row: dict[str, Any], pictures: str, prefixes: tuple[str, ...] | None =
 def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """The results as JSON and as a table."""
     options.out.mkdir(parents=True, exist_ok=True)
-    keys = ("align", "instruct", "batch", "limit", "note")
-    facts = {key: getattr(options, key) for key in keys} | {"torch": torch.__version__, "limits": limits()}
+    facts = settings(options) | {"note": options.note, "limits": limits()}
     (options.out / "bridges.json").write_text(json.dumps({"settings": facts, "rows": rows}, indent=1) + "\n")
     (options.out / "bridges.md").write_text(page(rows, options))
 
@@ -181,7 +208,8 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         f"`python benchmarks/bridges.py --align {options.align} --instruct {options.instruct}`: the same frozen tower, "
         "the same language model, data, order and steps of "
-        f"{options.batch} samples; the bridge alone learns captions, then bridge and language model learn questions. "
+        f"{options.batch} samples, on {torch.get_num_threads()} thread(s); the bridge alone learns captions, then "
+        "bridge and language model learn questions. "
         f"Exact answers to {n} held-out questions, by kind: differences under {chance:.0f} points (all) are chance. "
         "*Blind* is the same model with the pictures of other questions: what is beyond it comes from looking. Tokens "
         "are those of the sequence; cross-attention looks at its vectors beside it. A step's time is the median of "
@@ -197,7 +225,13 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         cells += [f"{share(row, 'true', prefixes):.1%}" for prefixes in GROUPS.values()]
         cells += [f"**{share(row, 'true'):.1%}**", f"{share(row, 'shuffled'):.1%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    gaps = {row["name"]: 100 * (share(row, "true") - share(row, "shuffled")) for row in rows}
+    unseen = [name for name, gap in gaps.items() if gap < 2 * chance]
+    least = min(gaps, key=gaps.__getitem__)
+    told = f"Every bridge looks: the smallest distance to its blind control is {gaps[least]:.0f} points ({least})."
+    if unseen:
+        told = f"Not shown to look, less than {2 * chance:.0f} points above the blind control: {', '.join(unseen)}."
+    return "\n".join([*lines, "", told]) + "\n"
 
 
 if __name__ == "__main__":
