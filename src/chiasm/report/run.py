@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ class StageReport:
     def last(self, key: str) -> float | None:
         """The newest value of a key of the log."""
         return next((r[key] for r in reversed(self.log) if key in r), None)
+
+    @property
+    def data_wait(self) -> float | None:
+        """The share of the steps' time that passed in waiting for data, the first line of the log left out."""
+        lines = [(r["data_wait"], r["seconds_per_step"], r["step"]) for r in self.log if "data_wait" in r]
+        spans = [(w, each * (step - before[2])) for before, (w, each, step) in pairwise(lines) if step > before[2]]
+        total = sum(seconds for _, seconds in spans)
+        return sum(w * seconds for w, seconds in spans) / total if total else None
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def _numbers(report: StageReport) -> list[tuple[str, str, Any]]:
         ("learning rate", "{:.2e}", report.last("lr")),
         ("gradient norm", "{:.3f}", report.last("grad_norm")),
         ("samples/s", "{:.1f}", report.last("samples_per_s")),
+        ("waiting for data", "{:.1%}", report.last("data_wait")),
         ("epoch", "{}", report.last("epoch")),
     ]
 

@@ -34,7 +34,7 @@ from chiasm.train.objectives.base import Objective, StepObjective, objective
 from chiasm.train.plan import Plan, apply, prepare, resolve, set_modes
 from chiasm.train.recipe import Stage
 from chiasm.train.sinks import Log, OpenSinks
-from chiasm.train.usage import Usage
+from chiasm.train.usage import Usage, Waits
 from chiasm.train.watch import Watch
 from chiasm.types import Batch
 
@@ -118,7 +118,7 @@ class StageRun:
         self.low = torch.bfloat16 if stage.dtype == "bf16" and not ranks.sharded else None  # pieces are masters
         # What the objective keeps within bounds after each step (a contrastive scale).
         self.bounds = self.objective.bounds(model) if isinstance(self.objective, StepObjective) else {}
-        self.log, self.usage = Log(), Usage()
+        self.log, self.usage, self.waits = Log(), Usage(), Waits()
         self.since = Tally()  # since the last line of the log
 
     def fit(self, resume: bool = False) -> None:
@@ -171,7 +171,7 @@ class StageRun:
         clock = time.perf_counter()
         with Bars(self.console, self.stage.name, self.steps, start) as bars:
             step_tally, held = Tally(), []
-            for spec, batch, kinds in self.ranks.stream(made):
+            for spec, batch, kinds in self.waits.over(self.ranks.stream(made)):
                 self.watch.proof.saw(kinds)
                 if isinstance(self.objective, StepObjective):
                     held.append((spec, batch))
@@ -191,9 +191,11 @@ class StageRun:
                     now = time.perf_counter()
                     bars.update(done, self._record(done, spec, self.since, norm, share, now - clock))
                     self.since, clock = Tally(), now
-                clock += self._pause(done)
+                pause = self._pause(done)
+                clock, self.waits.paused = clock + pause, self.waits.paused + pause
         self.log.close()
         self.watch.finish(self.steps)
+        self.console.print(f"Stage {self.stage.name}: {self.waits.told(self.stage.workers)}", highlight=False)
         if self.features:
             self.console.print(f"Stage {self.stage.name}: {self.features.told()}", highlight=False)
 
@@ -259,7 +261,7 @@ class StageRun:
         record = {"step": done, "epoch": spec.epoch, **tally.means()}
         record |= {"lr": self.stage.lr * share, "grad_norm": norm, "tokens": int(tally.weight)}
         record |= {"samples_per_s": tally.samples / seconds, "positions_per_s": tally.positions / seconds}
-        record |= {"seconds_per_step": seconds / steps, **self.usage.read()}
+        record |= {"seconds_per_step": seconds / steps, "data_wait": self.waits.since() / seconds, **self.usage.read()}
         self.log.write(record)
         return record
 

@@ -9,11 +9,61 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 GIB = 2**30
+MOST_WAIT = 0.05  # share of a run's time that may pass in waiting for data before the run says what to do
+Item = TypeVar("Item")
+
+
+class Waits:
+    """How long a loop waits for its next batch, against the time that its steps take.
+
+    Without data workers a batch is made in the training process, and all of that is waiting. The first batch, which
+    comes with the start of the workers, stands beside the rest. ``paused`` are seconds of the loop that are no step's.
+    """
+
+    def __init__(self) -> None:
+        self.first = self.waited = self.passed = self.paused = 0.0
+        self.read_at = 0.0
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each waited for by the clock."""
+        source, asked = iter(items), time.perf_counter()
+        begun = None
+        for item in source:
+            now = time.perf_counter()
+            if begun is None:
+                self.first, begun = now - asked, now
+            else:
+                self.waited += now - asked
+            yield item
+            asked = time.perf_counter()
+            self.passed = asked - begun
+
+    def since(self) -> float:
+        """Seconds of waiting since the call before, the first batch included."""
+        total = self.first + self.waited
+        found, self.read_at = total - self.read_at, total
+        return found
+
+    @property
+    def share(self) -> float:
+        """Waiting, as a share of the time of all steps, without the wait for the first batch."""
+        return self.waited / max(1e-9, self.passed - self.paused)
+
+    def told(self, workers: int) -> str:
+        """The share in a line; above ``MOST_WAIT`` with what would lower it."""
+        made = f"{workers} data worker{'s' if workers > 1 else ''}" if workers else "batches made in this process"
+        line = f"waited for data {100 * self.share:.1f} % of the time ({made}; first batch after {self.first:.2f} s)"
+        if self.share <= MOST_WAIT:
+            return line
+        more = f"workers: {max(2, 2 * workers)}"
+        return f"{line}; give the stage {more}, or a feature_cache where its encoders are frozen"
 
 
 class Usage:
