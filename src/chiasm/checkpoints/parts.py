@@ -17,7 +17,7 @@ from chiasm import registry
 from chiasm.checkpoints import halves, minigpt4, openflamingo
 from chiasm.config import PartConfig
 from chiasm.connectors.qformer import QFormer
-from chiasm.convert import maps, maps_blip
+from chiasm.convert import maps, maps_blip, maps_towers
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import open_weights, read_json
 from chiasm.convert.rules import Alias, AnyRule, Drop, Plan, Rule, prefixed, rename
@@ -29,6 +29,7 @@ from chiasm.lm.gpt import GPT
 from chiasm.model_config import VLMConfig
 from chiasm.presets.checkpoint import Options
 from chiasm.presets.hf_parts import Part, read_lm, read_tower, same_part
+from chiasm.presets.hf_towers import text_tower
 
 
 def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = False) -> Plan:
@@ -107,6 +108,9 @@ def _rules(part: str, config: PartConfig, values: Any, folder: Path) -> tuple[bo
             return True, found.rules, theirs
     if part == "lm":
         return False, prefixed(_language_model(config, read_lm(values), folder), "", "lm."), None
+    if part == "encoders.text" and values.get("model_type") == "clip_text_model":
+        _agree(config, text_tower(values, str(folder)), part, folder)
+        return False, maps_towers.text_hf(), None
     if part.startswith("encoders."):
         return False, prefixed(_tower(config, values, part, folder), "", part + "."), None
     return False, _bare(part, config), None

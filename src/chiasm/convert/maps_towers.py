@@ -36,7 +36,7 @@ def attention_in(theirs: str, ours: str) -> Rule:
 def clip_hf() -> list[AnyRule]:
     """``CLIPModel`` ↔ ``dual_tower``."""
     return [
-        *_text_hf(),
+        *text_hf(),
         rename("visual_projection.weight", "connectors.image.proj.weight"),
         rename("text_projection.weight", "connectors.text.proj.weight"),
         rename("logit_scale", "logit_scale"),
@@ -48,7 +48,7 @@ def siglip_hf() -> list[AnyRule]:
     """``SiglipModel``, and a ``Siglip2Model`` of fixed size, ↔ ``dual_tower``. Their scale and bias have shape [1]."""
     head, pool = "vision_model.head.", "connectors.image."
     return [
-        *_text_hf(),
+        *text_hf(),
         squeeze(head + "probe", pool + "probe", leading=2),
         attention_in(head + "attention.", pool + "attn."),
         rename(head + "attention.out_proj.{leaf}", pool + "attn.out.{leaf}"),
@@ -105,8 +105,8 @@ def _resblocks(theirs: str, ours: str) -> list[AnyRule]:
     ]
 
 
-def _text_hf() -> list[AnyRule]:
-    """The text towers of ``CLIPModel`` and ``SiglipModel``."""
+def text_hf() -> list[AnyRule]:
+    """The text towers of ``CLIPModel``, ``CLIPTextModel`` and ``SiglipModel``."""
     layer, block = "text_model.encoder.layers.{i}.", TEXT + "blocks.{i}."
     names = {
         "self_attn.q_proj": "attn.q",

@@ -8,6 +8,7 @@ the published ones.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +77,15 @@ class Tokenizer:
         """This tokenizer, with ``other`` for a connector that reads the instruction; both are saved together."""
         second = {SECOND + name: held for name, held in other.files.content.items() if SECOND + name in NAMES}
         return Tokenizer(TokenizerFiles.parse({**self.files.content, **second}, self.files.place))
+
+    def with_controls(self, tokens: Iterable[str]) -> Tokenizer:
+        """This tokenizer with further control tokens, behind its last id, in their order; those it has are left out."""
+        new = [token for token in tokens if token not in self.backend.controls]
+        config = dict(self.files.config)
+        listed = config.get("additional_special_tokens") or []
+        config["additional_special_tokens"] = [*listed, *new]
+        content = {**self.files.content, "tokenizer_config.json": json.dumps(config, ensure_ascii=False).encode()}
+        return Tokenizer(TokenizerFiles.parse(content, self.files.place)) if new else self
 
     def save(self, folder: str | Path) -> None:
         """Write the files exactly as they were read."""

@@ -191,6 +191,13 @@ def network(kind: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def text_tower(values: Mapping[str, Any], where: str) -> TextEncoder.Config:
+    """The tower of a ``CLIPTextModel``, which stands alone (a diffusion model's). Raises CheckpointError."""
+    text = TEXT["clip"] | _given(dict(values))
+    sizes = {SIZES[key]: text[key] for key in SIZES}
+    return TextEncoder.Config.parse(sizes | {"activation": _activation(text["hidden_act"], where)}, where=where)
+
+
 def template(kind: str, positions: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """How texts are read: SigLIP's filled to the tower's length, and cleaned where its tokenizer does not."""
     if kind != "siglip":

@@ -25,9 +25,9 @@ def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
     if len(given) != 1:
         raise ConfigError(f"model: give exactly one of preset, folder and config, got {', '.join(given) or 'none'}")
     if spec.folder is not None:
-        if spec.overrides or spec.weights or spec.tokenizer or spec.instruction_tokenizer:
+        if spec.overrides or spec.weights or spec.tokenizer or spec.instruction_tokenizer or spec.controls:
             raise ConfigError(
-                "model.folder holds configuration, weights and tokenizer; overrides, weights and tokenizer "
+                "model.folder holds configuration, weights and tokenizer; overrides, weights, tokenizer and controls "
                 "belong to a model that is built: give preset or config"
             )
         return vlm.load(spec.folder, dtype=torch.float32, device=device)
@@ -36,14 +36,17 @@ def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
         raise ConfigError("model.tokenizer is missing; name a folder that holds tokenizer.json or tokenizer.model")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return vlm.build(config, device=device, dtype=torch.float32, tokenizer=_both(spec, config.tokenizer))
+        return vlm.build(config, device=device, dtype=torch.float32, tokenizer=_tokenizer(spec, config.tokenizer))
 
 
-def _both(spec: ModelSpec, folder: str) -> Tokenizer | None:
-    """The tokenizer with a second one for instructions, where the specification names one."""
-    if spec.instruction_tokenizer is None:
+def _tokenizer(spec: ModelSpec, folder: str) -> Tokenizer | None:
+    """The tokenizer with further control tokens, or with a second one for instructions. None: as its folder has it."""
+    if spec.instruction_tokenizer is None and not spec.controls:
         return None
-    return Tokenizer.from_folder(folder).with_instruction(Tokenizer.from_folder(spec.instruction_tokenizer))
+    made = Tokenizer.from_folder(folder).with_controls(spec.controls)
+    if spec.instruction_tokenizer is None:
+        return made
+    return made.with_instruction(Tokenizer.from_folder(spec.instruction_tokenizer))
 
 
 def built_config(spec: ModelSpec) -> VLMConfig:

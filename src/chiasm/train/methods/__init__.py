@@ -5,3 +5,4 @@ from chiasm.train.methods import lora as lora
 from chiasm.train.methods import prefix as prefix
 from chiasm.train.methods import prompt as prompt
 from chiasm.train.methods import qlora as qlora
+from chiasm.train.methods import rows as rows

@@ -11,4 +11,5 @@ from chiasm.train.objectives import matching as matching
 from chiasm.train.objectives import momentum as momentum
 from chiasm.train.objectives import next_token as next_token
 from chiasm.train.objectives import pretraining as pretraining
+from chiasm.train.objectives import vokens as vokens
 from chiasm.train.objectives.base import objective as objective

@@ -88,14 +88,19 @@ class StepObjective:
         return self.compare(model, self.embed(model, batch))
 
 
-def objective(spec: str | Mapping[str, Any]) -> Objective:
-    """The objective of a name, or of a table with its ``type`` and options. Raises RegistryError or ConfigError."""
+def objective(spec: str | Mapping[str, Any], processor: Any = None) -> Objective:
+    """The objective of a name, or of a table with its ``type`` and options. Raises RegistryError or ConfigError.
+
+    One that has ``meet`` is handed the model's processor before the first batch: what it does with texts needs words.
+    """
     table = {"type": spec} if isinstance(spec, str) else dict(spec)
     if "type" not in table:
         raise ConfigError(f"an objective needs a 'type'; one of {', '.join(registry.names('objective'))}")
     entry = registry.get("objective", table["type"])
     if isinstance(entry, type):
         made: Objective = entry(entry.Config.parse(table, where=f"objective {table['type']!r}"))  # type: ignore[attr-defined]
+        if processor is not None and hasattr(made, "meet"):
+            made.meet(processor)
         return made
     if len(table) > 1:
         raise ConfigError(

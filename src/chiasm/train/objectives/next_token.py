@@ -36,7 +36,13 @@ def owners(batch: Batch, output: Output) -> Tensor:
     assert output.target_rows is not None
     if len(batch.ids) == len(batch.input_ids):
         return output.target_rows
-    rows, columns = labelled(batch)
+    return samples_of(batch, *labelled(batch))
+
+
+def samples_of(batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+    """Which sample of ``batch.ids`` the positions at ``rows`` and ``columns`` ``[n]`` belong to."""
+    if len(batch.ids) == len(batch.input_ids):
+        return rows
     before = batch.segment_ids.amax(dim=1).cumsum(0).roll(1)  # segments of the rows above
     before[0] = 0
     return before[rows] + batch.segment_ids[rows, columns] - 1
