@@ -25,6 +25,7 @@ class ModelSpec(Config):
     config: dict[str, Any] | None = None  # a VLMConfig written out
     overrides: dict[str, Any] = Field(default_factory=dict)  # dotted changes of the configuration, before it is built
     tokenizer: str | None = None  # a folder with tokenizer files; needed unless ``folder`` is given
+    controls: tuple[str, ...] = ()  # control tokens that the tokenizer gets in addition, behind its last
     instruction_tokenizer: str | None = None  # one more, for a connector that reads the instruction
     weights: dict[str, str] = Field(
         default_factory=dict
@@ -39,6 +40,7 @@ class Stage(Config):
     objective: str | dict[str, Any] = "next_token"  # its name, or a table with its type and options
     data: tuple[str, ...] | None = None  # names of the sources to use; None: all
     template: str | dict[str, Any] | None = None  # a template's name or data, for this stage only; None: the model's
+    processing: dict[str, Any] = Field(default_factory=dict)  # dotted changes, as {media.image.tiling: null}, likewise
     steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
     epochs: float | None = Field(default=None, gt=0)  # passes over the mixture
     batch_size: int = Field(default=8, gt=0)  # samples of a micro-batch
@@ -63,6 +65,7 @@ class Stage(Config):
     eval_every: int | None = Field(default=None, gt=0)  # steps between held-out losses
     save_every: int | None = Field(default=None, gt=0)  # steps between checkpoints
     keep_last: int = Field(default=2, gt=0)  # checkpoints, and beside them the one with the lowest held-out loss
+    keep_best: bool = True  # with eval_every: the model of the lowest held-out loss, in the stage's folder ``best``
     proof: Literal["stop", "tell"] = "stop"  # what a failed proof does: end the run, or say so and go on
     check_samples: int = Field(default=1000, ge=0)  # samples opened and rendered before the first step
 
