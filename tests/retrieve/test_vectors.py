@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from chiasm.errors import DataError
+from chiasm.nn import kernels
 from chiasm.retrieve import vectors as module
 from chiasm.retrieve.vectors import Exact, Faiss, narrowed
 
@@ -44,14 +45,52 @@ def test_exact(tmp_path: Path, monkeypatch, spread, queries):
     assert torch.equal(again.search(asked, 12)[1], rows) and len(again) == 2000 - len(removed)
 
 
+def sorted_by_hand(x: torch.Tensor, query: torch.Tensor, k: int, removed: set[int]) -> list[tuple[float, int]]:
+    """All cosines, added in float64 and kept as float32, best first, the lower row first among equals."""
+    found = (x.double() @ query.double()).float().tolist()
+    return sorted((-score, row) for row, score in enumerate(found) if row not in removed)[:k]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("queries", [1, 6, 40])
+@pytest.mark.parametrize("crowd", ["alike", "copies", "far"])
+def test_always_what_sorting_gives(tmp_path: Path, monkeypatch, crowd, queries, native):
+    """Also where thousands are equal or nearly so, with either way of multiplying."""
+    if not native:
+        monkeypatch.setattr(kernels, "compiled", lambda name: None)
+    monkeypatch.setattr(module, "BLOCK", 700)
+    monkeypatch.setattr(module, "READ", 64)
+    x = clouds(1500, 40, 1.0 if crowd == "far" else 2e-4)
+    if crowd == "copies":
+        x = x[torch.randint(0, 30, (1500,), generator=torch.Generator().manual_seed(9))]
+    removed = {3, 4, 5, 800, *range(1400, 1500)}
+    store = Exact(tmp_path, "x", 40, 0, cut=True)
+    store.add(x)
+    store.remove(sorted(removed))
+    asked = torch.cat([x[7:8], clouds(queries, 40, 1.0)])[:queries]
+    scores, rows = store.search(asked, 25)
+    for query, mine, where in zip(asked, scores.tolist(), rows.tolist(), strict=True):
+        assert [(-s, r) for s, r in zip(mine, where, strict=True)] == sorted_by_hand(x, query, 25, removed)
+
+
+@pytest.mark.skipif(kernels.compiled("nearest") is None, reason="no C++ compiler: torch computes everything")
+@pytest.mark.parametrize("dim", [1, 8, 63, 64, 65, 200, 1152])
+def test_compiled_products_are_whole_numbers(dim):
+    generator = torch.Generator().manual_seed(dim)
+    x, q = (torch.randint(-127, 128, (n, dim), generator=generator, dtype=torch.int8) for n in (301, 7))
+    x[0], q[0] = -127, 127  # the largest that a product can be
+    for count in (1, 4, 7):
+        assert torch.equal(kernels.products(x, q[:count]), (q[:count].long() @ x.T.long()).int())
+
+
 def test_few_vectors_are_read(tmp_path: Path):
     """The point of the copies: of ten thousand vectors a query reads a few."""
     x = clouds(10_000, 64, 1.0)
     store = Exact(tmp_path, "x", 64, 0, cut=True)
     store.add(x)
     store.search(x[:1], 1)
-    found = store._block(x[17], slice(0, 10_000), 10, -1.0)[0]
-    assert 10 <= len(found) < 400
+    found, rows = next(store._few(x[17:18], slice(0, 10_000), 10, [-1.0]))
+    assert 10 <= len(found) == len(rows) < 400
 
 
 def test_the_bound_holds():

@@ -1,4 +1,5 @@
-"""The compiled kernels of decoding on CPUs: built once with the system's C++ compiler, and done without where none is.
+"""The compiled kernels of decoding and of search on CPUs: built once with the system's C++ compiler, and done without
+where none is.
 
 The source stands in ``chiasm/nn/native``. It is compiled for this very processor into the user's cache folder
 (``CHIASM_CACHE``, ``XDG_CACHE_HOME`` or ``~/.cache``), under a name that depends on the source, the compiler's options
@@ -38,19 +39,25 @@ class Matrix(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are turned off or no compiler makes them."""
-    if os.environ.get("CHIASM_NATIVE", "1") == "0":
-        return None
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    try:
-        path = None if compiler is None else _built(compiler)
-        found = None if path is None else ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    """The compiled kernels of decoding; None where they are turned off or no compiler makes them."""
+    found = compiled("step")
     if found is not None:
         found.chiasm_work.restype = ctypes.c_void_p
         found.chiasm_free.argtypes = [ctypes.c_void_p]
     return found
+
+
+@functools.cache
+def compiled(name: str) -> ctypes.CDLL | None:
+    """The library made from ``native/NAME.cpp``; None where kernels are turned off or no compiler makes them."""
+    if os.environ.get("CHIASM_NATIVE", "1") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    try:
+        path = None if compiler is None else _built(compiler, name)
+        return None if path is None else ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class Work:
@@ -101,18 +108,38 @@ def linear(matrix: Matrix, work: Work, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], matrix.n)
 
 
-def _built(compiler: str) -> Path:
-    files = sorted(SOURCE.iterdir())
-    told = (compiler, *FLAGS, _processor(), *(file.read_text() for file in files if file.is_file()))
+def products(vectors: Tensor, queries: Tensor) -> Tensor:
+    """``vectors [n, D]``, ``queries [m, D]`` int8 without -128 → their products ``[m, n]``, whole numbers in int32."""
+    native = compiled("nearest")
+    if native is None or not len(vectors) or vectors.stride() != (vectors.shape[1], 1):
+        return torch.cat([torch._int_mm(vectors, q.unsqueeze(1)) for q in queries], 1).T  # [m, n]
+    queries = queries.contiguous()
+    out = torch.empty(len(queries), len(vectors), dtype=torch.int32)
+    native.chiasm_products(
+        ctypes.c_void_p(vectors.data_ptr()),
+        ctypes.c_int64(len(vectors)),
+        ctypes.c_int64(vectors.shape[1]),
+        ctypes.c_void_p(queries.data_ptr()),
+        ctypes.c_int64(len(queries)),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+    return out
+
+
+def _built(compiler: str, source: str) -> Path:
+    file = SOURCE / f"{source}.cpp"
+    files = [file, *sorted(SOURCE.glob("*.h"))]
+    told = (compiler, *FLAGS, _processor(), *(file.read_text() for file in files))
     name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
     folder = _folder()
-    path = folder / f"step-{name}.so"
+    path = folder / f"{source}-{name}.so"
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            command = [compiler, *FLAGS, "-shared", str(SOURCE / "step.cpp"), "-o", aside]
+            command = [compiler, *FLAGS, "-shared", str(file), "-o", aside]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
             os.replace(aside, path)
         finally:
@@ -135,4 +162,4 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-__all__ = ["INT4", "INT8", "KINDS", "Matrix", "Work", "dense", "floats", "library", "linear"]
+__all__ = ["INT4", "INT8", "KINDS", "Matrix", "Work", "compiled", "dense", "floats", "library", "linear", "products"]

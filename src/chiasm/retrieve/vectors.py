@@ -22,12 +22,16 @@ import torch
 from torch import Tensor
 
 from chiasm.errors import DataError
+from chiasm.nn import kernels
 
 BLOCK = 1 << 17
 """Vectors that are multiplied with queries at once."""
 
-FEW = 16
+FEW = 32
 """Queries up to which the 8-bit copies save more reading than they cost."""
+
+READ = 8192
+"""Vectors that are multiplied exactly at once."""
 
 
 class Vectors(Protocol):
@@ -115,7 +119,7 @@ class Exact:
     # ------------------------------------------------------------------------------------------------------- search
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See ``Vectors``. Exact."""
+        """See ``Vectors``. Exact: what sorting all products of ``cosines`` gives."""
         if self.stale:
             self._open()
         queries = queries.to("cpu", torch.float32)  # [q, D]
@@ -123,39 +127,60 @@ class Exact:
         best = torch.full((len(queries), k), -torch.inf), torch.full((len(queries), k), -1)
         if k == 0:
             return best
+        look = self._few if len(queries) <= FEW else self._many
         for start in range(0, self.rows, BLOCK):
             span = slice(start, min(start + BLOCK, self.rows))
-            if len(queries) <= FEW:
-                for i, query in enumerate(queries):
-                    scores, rows = self._block(query, span, k, float(best[0][i, -1]))
-                    best[0][i], best[1][i] = merged(best[0][i], best[1][i], scores, rows, k)
-                continue
-            scores = queries @ self.vectors[span].T  # [q, block]
-            scores[:, self.hidden[span]] = -torch.inf
-            top = scores.topk(min(k, scores.shape[1]))
-            for i in range(len(queries)):
-                best[0][i], best[1][i] = merged(best[0][i], best[1][i], top.values[i], top.indices[i] + start, k)
+            for i, (scores, rows) in enumerate(look(queries, span, k, best[0][:, -1].tolist())):
+                best[0][i], best[1][i] = merged(best[0][i], best[1][i], scores, rows, k)
         return best
 
-    def _block(self, query: Tensor, span: slice, k: int, least: float) -> tuple[Tensor, Tensor]:
-        """Exact cosines and rows of those in a block that may be among the best ``k`` and above ``least``."""
-        code, step, loss = narrowed(query.unsqueeze(0))  # [1, D], [1], [1]
-        products = torch._int_mm(self.codes[span], code.T.contiguous()).squeeze(1)  # [block]
+    def _few(self, queries: Tensor, span: slice, k: int, least: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each query the cosines and rows of those in a block that may be among its best ``k``, by the copies.
+
+        ``least``: what each query's ``k``-th best has so far; a row that stays below is none of them.
+        """
+        codes, step, loss = narrowed(queries)  # [q, D], [q], [q]
+        products = kernels.products(self.codes[span], codes)  # [q, block]
         steps, losses = self.losses[span].unbind(1)  # [block] each
-        about = products * steps  # [block], in units of ``step``
-        hidden = self.hidden[span] if self.removed else None
-        if hidden is not None:
-            about[hidden] = -torch.inf
-        first, bar = about.topk(min(k, len(about))), least
-        if len(first.values) == k and float(first.values[-1]) > -torch.inf:  # k real ones: what is below all of them
-            bar = max(least, float((self.vectors[span][first.indices] @ query).min()))  # is not among the best k
-        # |q·x - q'·x'| ≤ |q| |x - x'| + |x'| |q - q'|, and |x'| ≤ |x| + |x - x'|; a little more for rounding.
         worst = losses.max()
-        room = worst * query.norm() + (1.0 + worst) * loss + 1e-5  # [1]
-        rows = (about >= (bar - room) / step).nonzero()[:, 0]  # [c]
-        if hidden is not None:
-            rows = rows[~hidden[rows]]
-        return self.vectors[span][rows] @ query, rows + span.start
+        # |q·x - q'·x'| ≤ |q| |x - x'| + |x'| |q - q'|, and |x'| ≤ |x| + |x - x'|; a little more for rounding.
+        rooms = worst * queries.norm(dim=1) + (1.0 + worst) * loss + self._rounding() + 1e-5  # [q]
+        for i, query in enumerate(queries):
+            about = self._visible(products[i] * steps, span)  # [block], in units of ``step``
+            first, bar = about.topk(min(k, len(about))), least[i]
+            if len(first.values) == k and float(first.values[-1]) > -torch.inf:  # k real ones: what is below all of
+                bar = max(bar, float((self.vectors[span][first.indices] @ query).min()))  # them is not among the best
+            lowest = max((bar - float(rooms[i])) / float(step[i]), torch.finfo(torch.float32).min)
+            yield self._exact(query, (about >= lowest).nonzero()[:, 0] + span.start)
+
+    def _many(self, queries: Tensor, span: slice, k: int, least: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same by one product in float32: those that rounding may have put in another place are looked at again."""
+        for start in range(0, len(queries), 256):
+            some = queries[start : start + 256]
+            scores = self._visible(some @ self.vectors[span].T, span)  # [q, block]
+            bars = torch.tensor(least[start : start + 256])  # [q]
+            if scores.shape[1] >= k:
+                bars = torch.maximum(bars, scores.topk(k).values[:, -1])
+            lowest = (bars - 2 * self._rounding() * some.norm(dim=1)).clamp_min(torch.finfo(torch.float32).min)  # [q]
+            where, rows = (scores >= lowest.unsqueeze(1)).nonzero().unbind(1)  # [c] each
+            counts = torch.bincount(where, minlength=len(some)).tolist()
+            for query, mine in zip(some, rows.split(counts), strict=True):
+                yield self._exact(query, mine + span.start)
+
+    def _exact(self, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines of some rows ``[c]``, and the rows."""
+        parts = [cosines(self.vectors[some], query) for some in rows.split(READ)]
+        return torch.cat(parts) if parts else torch.empty(0), rows
+
+    def _visible(self, scores: Tensor, span: slice) -> Tensor:
+        """``scores [..., block]`` with -infinity where rows were removed."""
+        if self.removed:
+            scores[..., self.hidden[span]] = -torch.inf
+        return scores
+
+    def _rounding(self) -> float:
+        """How far the product of two unit vectors in float32 can be from the true one, whatever the order of adding."""
+        return self.dim * 2.0**-24
 
     def blocks(self, size: int = BLOCK) -> Iterator[tuple[Tensor, Tensor]]:
         """All vectors that were not removed, ``[n, D]``, with their rows ``[n]``, some at a time."""
@@ -191,6 +216,11 @@ def narrowed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = (x / step.unsqueeze(1)).round()
     loss = (x - codes * step.unsqueeze(1)).norm(dim=1)  # [n]
     return codes.to(torch.int8), step, loss
+
+
+def cosines(x: Tensor, query: Tensor) -> Tensor:
+    """``x [n, D]``, ``query [D]`` → ``[n]`` in float32, added in float64: equal vectors have equal cosines."""
+    return (x.double() * query.double()).sum(1).float()
 
 
 def merged(scores: Tensor, rows: Tensor, more: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
