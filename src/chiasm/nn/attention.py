@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chiasm.errors import ConfigError
-from chiasm.nn.scores import attention
+from chiasm.nn.scores import merged
 
 
 class Attention(nn.Module):
@@ -29,10 +28,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """``x [B, N, D]``, ``mask [B, N]`` (True: may be attended to; not with ``causal``) → ``[B, N, D]``."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        allowed = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, N]
-        if allowed is None:
-            mixed = attention(q, k, v, causal)  # [B, H, N, D/H]
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B, H, N, D/H]
-        return self.out(mixed.transpose(1, 2).flatten(2))  # [B, N, D]
+        mixed = merged(self.q(x), self.k(x), self.v(x), self.heads, mask, causal)  # [B, N, D]
+        return self.out(mixed)
+
+    def without_effect(self) -> list[str]:
+        """A bias of the keys adds one number to all scores of a query, and softmax cancels it: its slope is 0."""
+        return ["k.bias"]

@@ -127,6 +127,61 @@ def products(vectors: Tensor, queries: Tensor) -> Tensor:
     return out
 
 
+@functools.cache
+def tower() -> ctypes.CDLL | None:
+    """The kernels of towers in bfloat16; None where there are none for this processor."""
+    found = compiled("tower")
+    return found if found is not None and found.chiasm_has_tower() else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, causal: bool) -> Tensor:
+    """``q``, ``k``, ``v [B, N, H*Dh]`` bfloat16, ``mask [B, N]`` bool → ``[B, N, H*Dh]``; see ``native/tower.cpp``.
+
+    A row that may see nothing gets zeros.
+    """
+    native = tower()
+    assert native is not None
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    mask = None if mask is None else mask.contiguous()
+    out = torch.empty_like(q)
+    native.chiasm_attention(
+        *(ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, out)),
+        ctypes.c_void_p(None if mask is None else mask.data_ptr()),
+        *(ctypes.c_int64(n) for n in (q.shape[0], q.shape[1], heads, q.shape[2] // heads)),
+        ctypes.c_int32(causal),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+    return out
+
+
+ACTIVATIONS = {"quick_gelu": 0, "gelu_tanh": 1, "silu": 2}
+
+
+def activate_(x: Tensor, name: str) -> Tensor:
+    """``x`` bfloat16, contiguous, with an activation of ``ACTIVATIONS`` in its place."""
+    native = tower()
+    assert native is not None
+    native.chiasm_activate(
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(x.numel()),
+        ctypes.c_int32(ACTIVATIONS[name]),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+    return x
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a tensor can be given to the kernels of towers: bfloat16 in memory here, and nothing that follows it."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and tower() is not None
+    )
+
+
 def _built(compiler: str, source: str) -> Path:
     file = SOURCE / f"{source}.cpp"
     files = [file, *sorted(SOURCE.glob("*.h"))]
@@ -160,6 +215,3 @@ def _processor() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-__all__ = ["INT4", "INT8", "KINDS", "Matrix", "Work", "compiled", "dense", "floats", "library", "linear", "products"]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chiasm.errors import ConfigError, nearest
+from chiasm.nn import kernels
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -91,8 +92,12 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.activation = activation(activation_name)
+        self.name = activation_name
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, N, D]`` → ``[B, N, D]``."""
-        return self.fc2(self.activation(self.fc1(x)))
+        inner = self.fc1(x)  # [B, N, hidden]
+        if self.name in kernels.ACTIVATIONS and not self.fc1._forward_hooks and kernels.plain(inner):
+            return self.fc2(kernels.activate_(inner, self.name))
+        return self.fc2(self.activation(inner))

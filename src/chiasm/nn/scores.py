@@ -1,8 +1,9 @@
-"""Attention of whole sequences: torch's kernel, or written out where that is faster.
+"""Attention of whole sequences: torch's kernel, or one of ours where that is faster.
 
 Reference: ``torch.nn.functional.scaled_dot_product_attention``. On CPUs its bfloat16 kernel reaches a fraction of the
 matrix-product rate; two batched products with a softmax between them are 1.3 to 2.5 times as fast at the lengths of a
-conversation or a tower. Their scores are rounded to bfloat16, as in transformers' "eager" attention.
+conversation or a tower. Their scores are rounded to bfloat16, as in transformers' "eager" attention. Without gradients
+a compiled kernel reads the projections as they lie and keeps scores in float32 (``native/tower.cpp``).
 """
 
 from __future__ import annotations
@@ -13,8 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chiasm.nn import kernels
+
 LONGEST = 768
 """Positions beyond which the kernel, which never holds all scores, is used again."""
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, causal: bool) -> Tensor:
+    """``q``, ``k``, ``v [B, N, H·Dh]``, ``mask [B, N]`` (True: may be attended to) or None → ``[B, N, H·Dh]``."""
+    if 1 < q.shape[1] <= LONGEST and q.shape[2] // heads % 2 == 0 and all(map(kernels.plain, (q, k, v))):
+        return kernels.attend(q, k, v, heads, mask, causal)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, Dh]
+    if mask is None:
+        mixed = attention(q, k, v, causal)  # [B, H, N, Dh]
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # [B, H, N, Dh]
+    return mixed.transpose(1, 2).flatten(2)  # [B, N, H*Dh]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:

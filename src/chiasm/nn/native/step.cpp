@@ -12,6 +12,7 @@
 #include <memory>
 #include <thread>
 
+#include "exp.h"
 #include "matrix.h"
 
 struct Layer {
@@ -68,18 +69,6 @@ inline float read<uint16_t>(uint16_t x) { return widened(x); }
 static inline __m512 load16(const float* x, __mmask16 some) { return _mm512_maskz_loadu_ps(some, x); }
 static inline __m512 load16(const uint16_t* x, __mmask16 some) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
-}
-
-static inline __m512 exp16(__m512 x) {  // relative error below 2e-7 (Cephes' polynomial)
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, whole);
 }
 
 template <class T>
