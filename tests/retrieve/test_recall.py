@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from retrieve_kit import picture, towers
+from retrieve_kit import ROOT, picture, towers
 from torch.nn.functional import normalize
 
+from chiasm import preset
 from chiasm.cli import main
 from chiasm.errors import DataError
 from chiasm.eval.retrieval import KS, Pairs, evaluate, read_protocol, recall
+from chiasm.types import Image, Message, Text
+from chiasm.vlm import build
 
 
 def drawn(images: int, per: int) -> tuple[torch.Tensor, torch.Tensor, Pairs]:
@@ -71,12 +75,25 @@ def test_reranking_has_its_own_column():
     found = recall(x, y, pairs, oracle, candidates=4)
     plain = recall(x, y, pairs)
     assert found.towers == plain.towers, "the towers' column does not change"
-    assert len(asked) == 4 * (30 + 60)
+    first = {(i, t) for i in range(30) for t in (x[i] @ y.T).topk(4).indices.tolist()}
+    first |= {(i, t) for t in range(60) for i in (y[t] @ x.T).topk(4).indices.tolist()}
+    assert asked == sorted(first), "each pair once, those of a picture one after the other"
     # An oracle finds exactly what was among the first four candidates.
     for way in ("text", "image"):
         inside = sum(r <= 4 for r in found.ranks[way]) / len(found.ranks[way])
         again = getattr(found.reranked, way)
         assert again[1] >= getattr(plain.towers, way)[1] and (way == "text" or again == dict.fromkeys(KS, inside))
+
+
+def test_several_vectors_of_a_picture():
+    """As BLIP-2's queries: the nearest one counts, in both directions."""
+    x, y, pairs = drawn(25, 2)
+    generator = torch.Generator().manual_seed(8)
+    many = torch.stack([normalize(torch.randn(25, 8, generator=generator), dim=1) - 2 * x, x, -x], 1)  # [I, 3, D]
+    best = torch.einsum("ikd,td->itk", many, y).amax(2)
+    found = recall(many, y, pairs)
+    back = [[2 * i, 2 * i + 1] for i in range(25)]
+    assert found.towers.text == slowly(best, back) and found.towers.image == slowly(best.T, pairs.owners)
 
 
 def protocol(folder: Path) -> Path:
@@ -126,3 +143,46 @@ def test_the_verb(tmp_path):
     assert done.exit_code == 0 and "two towers" in done.output and "5 pictures, 25 texts" in done.output
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert len(rows) == 7 and all(row["reranked"] is None for row in rows)
+
+
+def fused(name: str) -> Any:
+    """A matching model in its tiny form, with random weights everywhere."""
+    config = preset(name, tiny=True, vocab=1024)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        vlm = build(config, tokenizer=ROOT / "src" / "chiasm" / "weights" / "tiny-lm")
+        for p in vlm.parameters():
+            p.data += 0.2 * torch.randn_like(p)
+    return vlm.eval()
+
+
+@pytest.mark.parametrize("name", ["vilt-b32-retrieval", "albef-retrieval"])
+def test_the_verb_with_a_second_judge(tmp_path, name):
+    """Every candidate of a small protocol is judged, so the second column is the judge's own order."""
+    saved, judge = towers().save(tmp_path / "model"), fused(name)
+    file = protocol(tmp_path)
+    words = ["recall", str(saved), str(file), "--images", str(tmp_path), "--out", str(tmp_path / "r.json")]
+    words += ["--matcher", str(judge.save(tmp_path / "judge")), "--candidates", "40", "--batch-size", "7"]
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert done.exit_code == 0 and "re-ranked" in done.output
+    told = json.loads((tmp_path / "r.json").read_text())
+    pairs = read_protocol(file, tmp_path)
+    talks = [[Message("user", (Image(i), Text(t)))] for i in pairs.images for t in pairs.texts]
+    with torch.no_grad():
+        scores = judge.model.match(judge.processor.batch(talks)).view(5, 25)
+    back = [list(range(5 * i, 5 * i + 5)) for i in range(5)]
+    wanted = [*slowly(scores, back).values(), *slowly(scores.T, pairs.owners).values()]
+    assert [row["reranked"] for row in told["rows"]] == pytest.approx([*wanted, sum(wanted)])
+    assert len({round(float(s), 4) for s in scores.flatten()}) > 20, "the judge tells pairs apart"
+    assert told["candidates"] == 40 and told["matcher"].endswith("judge")
+
+
+def test_a_model_can_be_its_own_judge(tmp_path):
+    """ALBEF finds by its vectors and judges by its fusion; a model that cannot judge is refused."""
+    saved, file = fused("albef-retrieval").save(tmp_path / "albef"), protocol(tmp_path)
+    words = ["recall", str(saved), str(file), "--images", str(tmp_path), "--matcher", str(saved), "--candidates", "2"]
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert done.exit_code == 0 and "re-ranked" in done.output
+    words[words.index("--matcher") + 1] = str(towers().save(tmp_path / "model"))
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code != 0 and "does not judge pairs" in " ".join(done.output.split())

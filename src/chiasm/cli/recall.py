@@ -18,6 +18,10 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="The folder that its paths begin in.")
 @click.option("--split", default="test", show_default=True)
 @click.option("--captions", default=5, show_default=True, type=click.IntRange(0), help="Of each picture; 0: all.")
+@click.option("--matcher", default=None, help="A model that judges pairs: ranks each query's first candidates again.")
+@click.option(
+    "--candidates", default=128, show_default=True, type=click.IntRange(1), help="How many (ALBEF COCO: 256)."
+)
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0))
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Also write the numbers as JSON.")
@@ -28,6 +32,8 @@ def command(
     images: Path,
     split: str,
     captions: int,
+    matcher: str | None,
+    candidates: int,
     batch_size: int,
     workers: int,
     out: Path | None,
@@ -35,20 +41,38 @@ def command(
     dtype: str | None,
     ignore_fingerprint: bool,
 ) -> None:
-    """Score MODEL, of two towers, on the file PROTOCOL: Karpathy's dataset_coco.json, or a list as ALBEF has it."""
+    """Score MODEL, of two towers, on the file PROTOCOL: Karpathy's dataset_coco.json, or a list as ALBEF has it.
+
+    With --matcher a second column: what MODEL found first, ranked again by a model that reads picture and text together
+    (ViLT, ALBEF, BLIP-2's first stage; it may be MODEL itself).
+    """
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
+    from chiasm.eval import matcher as matching
     from chiasm.eval.retrieval import evaluate, read_protocol
 
     pairs = read_protocol(protocol, images, split, captions or None)
     vlm = open_model(model, device, dtype, ignore_fingerprint)
+    other = vlm if matcher in (None, model) else open_model(matcher, device, dtype, ignore_fingerprint)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("pictures", total=len(pairs.images))
+        judge = None
+        if matcher is not None:
+            shown = bar.add_task("pairs", total=None)
+            judge = matching.matcher(
+                other, pairs, batch_size, lambda done, of: bar.update(shown, completed=done, total=of)
+            )
         found = evaluate(
-            vlm, pairs, batch=batch_size, workers=workers, advance=lambda done, _: bar.update(task, completed=done)
+            vlm,
+            pairs,
+            judge,
+            candidates,
+            batch=batch_size,
+            workers=workers,
+            advance=lambda done, _: bar.update(task, completed=done),
         )
     title = f"{pairs.name}: {len(pairs.images):,} pictures, {len(pairs.texts):,} texts"
     table = Table(title=title, title_justify="left", header_style="bold", box=None)
@@ -60,4 +84,5 @@ def command(
     if out is not None:
         rows = [{"measure": n, "towers": a, "reranked": b} for n, a, b in found.rows()]
         told = {"model": model, "protocol": pairs.name, "pictures": len(pairs.images), "texts": len(pairs.texts)}
+        told |= {"matcher": matcher, "candidates": found.candidates}
         out.write_text(json.dumps(told | {"rows": rows}, indent=1), encoding="utf-8")

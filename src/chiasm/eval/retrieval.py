@@ -26,7 +26,8 @@ CHUNK = 512
 """Queries whose scores with everything are in memory at once."""
 
 Matcher = Callable[[Sequence[int], Sequence[int]], Tensor]
-"""(numbers of pictures [n], numbers of texts [n]) → how well each pair matches ``[n]``, higher is better."""
+"""(numbers of pictures [n], in their order, numbers of texts [n]) → how well each pair matches ``[n]``: more is better.
+"""
 
 
 @dataclass
@@ -84,8 +85,9 @@ class Retrieval:
 def recall(
     images: Tensor, texts: Tensor, pairs: Pairs, matcher: Matcher | None = None, candidates: int = 128
 ) -> Retrieval:
-    """``images [I, D]``, ``texts [T, D]``: unit vectors of ``pairs``. ``matcher`` scores each query's first
-    ``candidates`` again; what it does not see comes behind all of them.
+    """``images [I, D]``, ``texts [T, D]``: unit vectors of ``pairs``; of several vectors of a picture, ``[I, K, D]``
+    (BLIP-2's queries), the nearest counts. ``matcher`` scores each query's first ``candidates`` again; what it does not
+    see comes behind all of them.
     """
     right = [list(o) for o in pairs.owners]  # pictures of each text
     back: list[list[int]] = [[] for _ in pairs.images]
@@ -95,44 +97,64 @@ def recall(
     lonely = next((i for i, found in enumerate(back) if not found), None)
     if lonely is not None:
         raise DataError(f"picture {lonely + 1} of {len(back)} ({pairs.images[lonely]}) has 0 texts; leave it out")
-    ways: dict[str, tuple[list[int], list[int]]] = {}
-    for way, queries, others, wanted in (("text", images, texts, back), ("image", texts, images, right)):
-        match = _towards(matcher, way)
-        ways[way] = ranks(queries, others, wanted, match, candidates)
-    towers = Recalls(*(shares(ways[way][0]) for way in ("text", "image")))
-    again = Recalls(*(shares(ways[way][1]) for way in ("text", "image"))) if matcher else None
-    return Retrieval(pairs, towers, again, candidates if matcher else None, {way: r[0] for way, r in ways.items()})
+    ways = {"text": (images, texts, back), "image": (texts, images, right)}
+    plain = {way: ranks(*given) for way, given in ways.items()}
+    towers = Recalls(*(shares(plain[way]) for way in ("text", "image")))
+    if matcher is None:
+        return Retrieval(pairs, towers, ranks=plain)
+    again = _reranked(ways, matcher, candidates)
+    return Retrieval(pairs, towers, Recalls(*(shares(again[way]) for way in ("text", "image"))), candidates, plain)
 
 
-def _towards(matcher: Matcher | None, way: str) -> Matcher | None:
-    """The matcher with the query first, whichever it is."""
-    if matcher is None or way == "text":
-        return matcher
-    return lambda texts, images: matcher(images, texts)
-
-
-def ranks(
-    queries: Tensor,
-    others: Tensor,
-    wanted: Sequence[Sequence[int]],
-    match: Matcher | None = None,
-    candidates: int = 128,
-) -> tuple[list[int], list[int]]:
-    """The rank (from 1) of the best right one of each query among ``others``, by vectors and by ``match``."""
-    plain, again = [], []
+def ranks(queries: Tensor, others: Tensor, wanted: Sequence[Sequence[int]]) -> list[int]:
+    """The rank (from 1) of the best right one of each query among ``others``, by their vectors."""
+    found = []
     for start in range(0, len(queries), CHUNK):
-        scores = queries[start : start + CHUNK] @ others.T  # [q, N]
+        scores = alike(queries[start : start + CHUNK], others)  # [q, N]
         right = torch.zeros_like(scores, dtype=torch.bool)
         for row, columns in enumerate(wanted[start : start + CHUNK]):
             right[row, list(columns)] = True
-        plain += _rank(scores, right)
-        if match is None:
-            continue
-        top = scores.topk(min(candidates, scores.shape[1])).indices  # [q, c]
-        asked = torch.arange(start, start + len(scores)).repeat_interleave(top.shape[1])
-        matched = match(asked.tolist(), top.flatten().tolist()).view_as(top).to(scores.dtype)  # [q, c]
-        again += _rank(torch.full_like(scores, -torch.inf).scatter_(1, top, matched), right)
-    return plain, again
+        found += _rank(scores, right)
+    return found
+
+
+def alike(queries: Tensor, others: Tensor) -> Tensor:
+    """``queries [q, D]``, ``others [N, D]`` → cosines ``[q, N]``; of several vectors each (``[q, K, D]``) the best."""
+    if queries.ndim == 3:
+        return torch.stack([alike(each, others) for each in queries.unbind(1)]).amax(0)
+    if others.ndim == 3:
+        return torch.stack([queries @ each.T for each in others.unbind(1)]).amax(0)
+    return queries @ others.T
+
+
+def _reranked(
+    ways: Mapping[str, tuple[Tensor, Tensor, Sequence[Sequence[int]]]], matcher: Matcher, candidates: int
+) -> dict[str, list[int]]:
+    """The ranks by ``matcher``, which is asked about each pair once, the pairs of a picture one after the other."""
+    first = {}  # way → the numbers of each query's candidates [q, c]
+    for way, (queries, others, _) in ways.items():
+        c = min(candidates, len(others))
+        parts = [alike(q, others).topk(c).indices for q in queries.split(CHUNK)]
+        first[way] = torch.cat(parts)
+    count = len(ways["text"][1])  # texts
+    asked = {}  # way → the pairs, as picture · texts + text [q, c]
+    for way, columns in first.items():
+        rows = torch.arange(len(columns)).unsqueeze(1)
+        asked[way] = rows * count + columns if way == "text" else columns * count + rows
+    pairs = torch.cat([numbers.flatten() for numbers in asked.values()]).unique()  # sorted: by picture
+    scores = matcher((pairs // count).tolist(), (pairs % count).tolist())  # [pairs]
+    found: dict[str, list[int]] = {}
+    for way, columns in first.items():
+        wanted = ways[way][2]
+        mine = scores[torch.searchsorted(pairs, asked[way])]  # [q, c]
+        found[way] = []
+        for row in range(len(columns)):
+            right = torch.isin(columns[row], torch.tensor(list(wanted[row])))  # [c]
+            if bool(right.any()):
+                found[way] += _rank(mine[row : row + 1], right.unsqueeze(0))
+            else:  # behind everything that is wrong
+                found[way].append(len(ways[way][1]) - len(wanted[row]) + 1)
+    return found
 
 
 def _rank(scores: Tensor, right: Tensor) -> list[int]:
@@ -152,7 +174,7 @@ def evaluate(
     matcher: Matcher | None = None,
     candidates: int = 128,
     batch: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> Retrieval:
     """Embed and compare. ``advance(done, of)`` is told of pictures. Raises DataError for one that cannot be read."""
@@ -163,7 +185,7 @@ def evaluate(
         parts.append(vectors)
         if advance:
             advance(rows[-1] + 1, len(pairs.images))
-    texts = vlm.embed(texts=pairs.texts, batch=batch)  # [T, D]
+    texts = embed.embed(vlm.model, vlm.processor, texts=pairs.texts, batch=batch)  # [T, D]
     return recall(torch.cat(parts), texts, pairs, matcher, candidates)
 
 

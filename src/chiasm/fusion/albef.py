@@ -37,16 +37,20 @@ from chiasm.fusion.heads import Heads
 from chiasm.fusion.pair import Joint, PairConfig, PairModel, Pictures, Words, lacks, pictures_of, words_of
 from chiasm.nn.again import call
 from chiasm.nn.cross_attention import CrossAttention
+from chiasm.nn.follower import as_buffers, follow
 from chiasm.nn.words import WordEmbedding
 from chiasm.registry import register
 from chiasm.types import Batch
 
 
 class Momentum(Values):
-    """``rate``: the share of a copy that stays at each step. ``queue``: vectors of earlier samples that are kept."""
+    """``rate``: the share of a copy that stays at each step. ``queue``: vectors of earlier samples that are kept, with
+    ``pictures`` each beside a key of its picture, so that all texts of one picture are right (retrieval).
+    """
 
     rate: float = Field(default=0.995, ge=0, lt=1)
     queue: PositiveInt = 65536
+    pictures: bool = False
 
 
 class FusionBlock(BertBlock):
@@ -184,7 +188,7 @@ class ALBEF(PairModel):
                 raise ConfigError(f"albef: width {self.dim} cannot be split into {self.heads} heads")
             if self.images > 2:
                 raise ConfigError(f"albef: fusion layers for {self.images} pictures; give 1 or 2")
-            if self.momentum and not self.contrast:
+            if self.momentum and not self.contrast and not self.answer_depth:
                 raise ConfigError("albef: queues hold the vectors that are compared; set contrast, or momentum to null")
             if self.tasks.rank:
                 raise ConfigError("albef: it ranks with its matching head; set tasks.match instead of tasks.rank")
@@ -195,6 +199,7 @@ class ALBEF(PairModel):
     config: Config
     image_queue: Tensor  # [Q, E]
     text_queue: Tensor
+    queue_keys: Tensor  # [Q] long, with momentum.pictures
     queue_place: Tensor  # [1], where the next vectors go
     followed: Tensor  # [1], how many steps the follower has made in this stage; not saved with the model
 
@@ -212,14 +217,17 @@ class ALBEF(PairModel):
         for name, parameter in self.named_parameters():
             if not name.startswith("body.vision."):  # the tower has started by itself
                 _start(name, parameter)
-        self.follower: Body | None = None
+        self.follower = as_buffers(copy.deepcopy(self.body)) if c.momentum else None
+        self.decoder_follower = as_buffers(copy.deepcopy(self.decoder)) if c.momentum and self.decoder else None
+        if c.momentum:
+            self.register_buffer("followed", torch.zeros(1), persistent=False)
         if c.momentum and c.contrast:
-            self.follower = as_buffers(copy.deepcopy(self.body))
             for kind in ("image", "text"):
                 queue = F.normalize(torch.randn(c.momentum.queue, c.contrast), dim=-1)  # [Q, E]
                 self.register_buffer(f"{kind}_queue", queue)
             self.register_buffer("queue_place", torch.zeros(1, dtype=torch.long))
-            self.register_buffer("followed", torch.zeros(1), persistent=False)
+            if c.momentum.pictures:
+                self.register_buffer("queue_keys", torch.zeros(c.momentum.queue, dtype=torch.long))  # [Q], 0: nothing
 
     @classmethod
     def compose(cls, config: Config) -> ALBEF:
@@ -252,6 +260,16 @@ class ALBEF(PairModel):
         if self.match_scores is None:
             raise ConfigError(lacks(self, "matches", "tasks.match"))
         return self.match_scores(joint.pooled)
+
+    def see(self, batch: Batch) -> Tensor:
+        """The states of the batch's pictures ``[B, N, D_vision]``, for ``judge``."""
+        return self.body.image_states(pictures_of(batch, 1)[0])
+
+    def judge(self, seen: Tensor, batch: Batch) -> Tensor:
+        """What ``match`` gives ``[B]``, of the states of pictures ``[B, N, D_vision]`` and the batch's texts."""
+        words = words_of(batch)
+        hidden = self.body.fuse(self.body.text_states(words), words.mask, [seen] * self.config.images)  # [B, T, D]
+        return self.match_logits(Joint(hidden, words.mask, slice(0), slice(0), hidden[:, 0]))[:, 1]
 
     def word_head(self, states: Tensor, body: Body | None = None) -> Tensor:
         """``[..., D]`` → ``[..., V]``; ``body``: whose head (None: the model's own)."""
@@ -314,38 +332,25 @@ class ALBEF(PairModel):
         """The copies take a step towards the model."""
         self.followed += 1
         assert self.follower is not None and self.config.momentum is not None
-        own, copies = list(self.body.parameters()), _unique(self.follower.buffers())
-        torch._foreach_lerp_(
-            copies, [p.to(c.dtype) for p, c in zip(own, copies, strict=True)], 1 - self.config.momentum.rate
-        )
+        follow(self.body, self.follower, self.config.momentum.rate)
+        if self.decoder is not None and self.decoder_follower is not None:
+            follow(self.decoder, self.decoder_follower, self.config.momentum.rate)
 
     @torch.no_grad()
-    def enqueue(self, images: Tensor, texts: Tensor) -> None:
-        """Put vectors ``[n, E]`` each into the queues, over the oldest ones."""
+    def enqueue(self, images: Tensor, texts: Tensor, keys: Tensor | None = None) -> None:
+        """Put vectors ``[n, E]`` each into the queues, over the oldest ones, and ``keys [n]`` of their pictures."""
         queues = [self.image_queue, self.text_queue]
         size, place = len(queues[0]), int(self.queue_place)
         rows = (place + torch.arange(len(images), device=images.device)) % size
         for queue, vectors in zip(queues, (images, texts), strict=True):
             queue[rows] = vectors.to(queue.dtype)
+        if keys is not None:
+            self.queue_keys[rows] = keys
         self.queue_place[0] = (place + len(images)) % size
 
     def moving(self) -> list[str]:
         """Names of the buffers that training changes though nothing learns them."""
         return [name for name, _ in self.named_buffers()]
-
-
-def as_buffers(module: Any) -> Any:
-    """The module with every parameter made a buffer of the same name: saved, and never trained. Ties stay."""
-    made: dict[int, Tensor] = {}
-    for part_ in module.modules():
-        for name, parameter in list(part_.named_parameters(recurse=False, remove_duplicate=False)):
-            del part_._parameters[name]
-            part_.register_buffer(name, made.setdefault(id(parameter), parameter.detach()))
-    return module.eval()
-
-
-def _unique(tensors: Any) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _start(name: str, parameter: Tensor) -> None:

@@ -233,6 +233,20 @@ class QueryText(Fusion):
         states = self.bridge.states(tokens, text)  # [B, K+L, D]
         return self.matcher(states[:, : self.bridge.config.queries]).mean(dim=1)  # [B, 2]
 
+    def see(self, batch: Batch) -> Tensor:
+        """The features of the batch's pictures ``[B, N, D_in]``, for ``judge``."""
+        return self.look(batch).x
+
+    def judge(self, seen: Tensor, batch: Batch) -> Tensor:
+        """How well features of pictures ``[B, N, D_in]`` and the batch's texts match ``[B]``; more is better.
+
+        As published, the logit of "matches" and the best query's cosine together (LAVIS ``compute_sim_matrix``).
+        """
+        tokens, text = Tokens(seen), self.text(batch)
+        images, texts = self.apart(tokens, text)
+        cosines = torch.einsum("bkd,bd->bk", images, texts).amax(dim=-1)  # [B]
+        return self.match(tokens, text)[:, 1] + cosines
+
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of each sample's picture and text: the logits of matching ``[B, 2]`` and the best query's cosine ``[B]``."""
         tokens, text = self.look(batch), self.text(batch)
