@@ -73,7 +73,7 @@ CUTS = [(4, 1), (1, 4), (2, 2), (3, 1)]  # batch_size, accumulate: shares are eq
 
 
 def in_every_cut(folder: Path) -> dict[Any, Any]:
-    with distributed.started("cpu", patience=30) as ranks:
+    with distributed.started("cpu", patience=150) as ranks:
         return {
             (plan, cut): run(folder / f"{plan}{cut}", ranks, batch=cut[0], accumulate=cut[1], steps=3, plan=plan)
             for plan in ("end_to_end", "instruct")
@@ -98,7 +98,7 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path):
 
 
 def one_rank_has_nothing(folder: Path) -> Any:
-    with distributed.started("cpu", patience=30) as ranks:
+    with distributed.started("cpu", patience=150) as ranks:
         return run(folder / "few", ranks, batch=2, steps=2, kinds=[1, 1, 1])  # the second step has one sample
 
 
@@ -113,7 +113,7 @@ def test_a_rank_without_a_sample(tmp_path: Path):
 
 
 def in_pieces(folder: Path) -> str:
-    with distributed.started("cpu", "shard", patience=30) as ranks:
+    with distributed.started("cpu", "shard", patience=150) as ranks:
         with pytest.raises(ConfigError) as told:
             run(folder, ranks)
         return str(told.value)

@@ -218,7 +218,7 @@ CUTS = [[4, 4, 4, 4], [3, 3, 3, 2], [3, 3, 1, 0], [2, 2, 2, 2, 2, 2, 2, 1], [3, 
 
 def on_ranks(folder: Path) -> dict:
     found = {}
-    with distributed.started("cpu", patience=30) as ranks:
+    with distributed.started("cpu", patience=150) as ranks:
         for name in BOTH:
             for sizes in CUTS:
                 for duplicates in ("negatives", "positives"):

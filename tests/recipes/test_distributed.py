@@ -140,7 +140,7 @@ CUTS = [(2, 1), (1, 2), (8, 1), (2, 4)]  # batch_size, accumulate
 
 def cut_in_every_way(folder: Path, mode: str, cuts: list[tuple[int, int]], plans: list[str]) -> dict[Any, Any]:
     found = {}
-    with distributed.started("cpu", mode, patience=30) as ranks:
+    with distributed.started("cpu", mode, patience=150) as ranks:
         for i, (batch, accumulate) in enumerate(cuts):
             for plan in plans:
                 steps = 6 if batch * accumulate == 2 else 2
@@ -178,7 +178,7 @@ def test_four_accumulations_are_one_batch(tmp_path: Path):
 
 
 def in_bf16(folder: Path) -> Any:
-    with distributed.started("cpu", "shard", patience=30) as ranks:
+    with distributed.started("cpu", "shard", patience=150) as ranks:
         return run(folder / "run", ranks, dtype="bf16", steps=5)
 
 
@@ -201,7 +201,7 @@ def test_four_ranks_take_the_step_of_one(tmp_path: Path, mode: str):
 
 
 def in_halves(folder: Path, mode: str, half: str) -> Any:
-    with distributed.started("cpu", mode, patience=30) as ranks:
+    with distributed.started("cpu", mode, patience=150) as ranks:
         settings = {"save_every": 3} | ({"resume": True} if half == "second" else {})
         return run(folder.parent / "shared", ranks, stop_at=4 if half == "first" else -1, **settings)
 
@@ -232,7 +232,7 @@ def alone(folder: Path) -> Any:
 
 
 def with_a_bad_sample(folder: Path) -> Any:
-    with distributed.started("cpu", "replicate", patience=30) as ranks:
+    with distributed.started("cpu", "replicate", patience=150) as ranks:
         with pytest.raises(DataError) as caught:
             run(folder / "stop", ranks, bad=5)
         skipped = run(folder / "skip", ranks, bad=5, skip=1)
