@@ -10,7 +10,22 @@ import torch
 
 from chiasm import registry
 from chiasm.config import PartConfig
+from chiasm.errors import ConfigError
 from chiasm.fusion.base import Fusion, FusionConfig
+
+
+def as_device(device: str | torch.device | None) -> torch.device | None:
+    """A device that is there; None stays None. Raises ConfigError."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"unknown device {device!r}; give cpu, cuda, cuda:1 or mps") from None
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(found.type)
+    if there is not None and (found.index or 0) >= there:
+        raise ConfigError(f"device {str(found)!r} is not there: torch sees {there} of that kind; give cpu")
+    return found
 
 
 def build_model(config: FusionConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Fusion:

@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
 
 from chiasm import registry
-from chiasm.errors import ConfigError, nearest
+from chiasm.errors import ChiasmError, ConfigError, DataError, nearest
 
 C = TypeVar("C", bound="Config")
 
@@ -109,8 +110,11 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 
 def read_scalar(text: str) -> Any:
-    """A YAML value, with ``1e-3`` read as a number (YAML 1.1 wants ``1.0e-3``)."""
-    value = yaml.safe_load(text)
+    """A YAML value, with ``1e-3`` read as a number (YAML 1.1 wants ``1.0e-3``). Raises ConfigError."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is not YAML ({_one_line(error)}); put a text with such signs in quotes") from None
     if isinstance(value, str):
         try:
             return float(value)
@@ -122,12 +126,31 @@ def read_scalar(text: str) -> Any:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a dict, numbers like ``1e-3`` included. Raises ConfigError."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        values = yaml.safe_load(read_text(path, ConfigError))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({_one_line(error)})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, a table of keys was expected")
     return _numbers(values)
+
+
+def read_text(path: str | Path, kind: type[ChiasmError] = DataError) -> str:
+    """The text of a UTF-8 file. Raises an error of ``kind`` that names the file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise kind(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise kind(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 file, ended by line feeds alone. Raises DataError.
+
+    ``str.splitlines`` would also cut at U+2028 and others, which JSON may hold within a string.
+    """
+    lines = read_text(path).split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def diff(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -159,6 +182,12 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + str(getattr(error, "problem", None) or " ".join(str(error).split()))
+
+
 def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     lines = []
     for problem in error.errors():
@@ -176,11 +205,23 @@ def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
 
 def _owner(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
     """The configuration class that a nested key belongs to, where it can be told from the annotations."""
+    kind: Any = cls
     for step in path:
-        field = cls.model_fields.get(str(step))
-        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # also within ``X | None``
-        tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if len(tables) != 1:
-            return None
-        cls = tables[0]
-    return cls
+        kind = _within(kind, str(step))
+    tables = [one for one in _choices(kind) if isinstance(one, type) and issubclass(one, BaseModel)]
+    return tables[0] if len(tables) == 1 else None
+
+
+def _within(kind: Any, step: str) -> Any:
+    """The annotation of a field of a configuration, of a list's items, or of a table's values; None: not told."""
+    for one in _choices(kind):
+        if isinstance(one, type) and issubclass(one, BaseModel) and step in one.model_fields:
+            return one.model_fields[step].annotation
+        if get_origin(one) in (list, tuple, dict):
+            return [item for item in get_args(one) if item is not Ellipsis][-1]
+    return None
+
+
+def _choices(kind: Any) -> list[Any]:
+    """The members of a union, or the annotation itself."""
+    return list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]

@@ -37,10 +37,15 @@ class FingerprintError(CheckpointError):
     """The prompt or the pixels of a checkpoint are no longer those it was saved with."""
 
 
+MANY = 40  # names are told of in one error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``did you mean ...`` with the nearest known names, or the list of them."""
     names = sorted(known)
     close = get_close_matches(str(name), names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    if len(names) > MANY:
+        return f"known: {', '.join(names[:MANY])} and {len(names) - MANY} more"
     return "known: " + (", ".join(names) if names else "none")

@@ -18,7 +18,8 @@ from chiasm import registry
 from chiasm.checkpoints import folder as own
 from chiasm.checkpoints.hub import local_folder
 from chiasm.checkpoints.parts import load_part
-from chiasm.compose import build_model, check_counts, install
+from chiasm.checkpoints.vocabulary import check_vocabulary
+from chiasm.compose import as_device, build_model, check_counts, install
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
@@ -182,21 +183,26 @@ class VLM:
         """Read the weights of one part (``"lm"``, ``"encoders.image"``, ``"connectors.image"``) from a folder or file.
 
         The folder is one of transformers, of this package or, for a connector, of the original LLaVA. Raises
-        CheckpointError where its configuration or a tensor does not fit.
+        CheckpointError where its configuration or a tensor does not fit, ConfigError where the folder's tokenizer is
+        another than the model's.
         """
+        check_vocabulary(part, Path(path), self._processor and self._processor.tokenizer)
         dropped = own.dropped(load_part(self.model, part, path, allow_pickle))
         note = f"weights of {part} read from {path}"
         provenance = self.config.provenance.add(note, *dropped, base={part: str(path)})
         self.config = self.config.model_copy(update={"provenance": provenance})
         return self
 
-    def save(self, folder: str | Path, max_shard: int = 5_000_000_000) -> Path:
+    def save(
+        self, folder: str | Path, max_shard: int = 5_000_000_000, tensors: Mapping[str, Tensor] | None = None
+    ) -> Path:
         """Write a folder that ``chiasm.load`` reads: configuration, weights, tokenizer, fingerprint.
 
-        Files are written aside and moved into place when all are whole. ``max_shard`` is in bytes.
+        Files are written aside and moved into place when all are whole. ``max_shard`` is in bytes. ``tensors``, by
+        name, are written in place of the model's own: training keeps in float32 what the model computes with in less.
         """
         refuse_quantized(self.model)
-        return own.save(self.config, self.model, self._processor, Path(folder), max_shard)
+        return own.save(self.config, self.model, self._processor, Path(folder), max_shard, tensors)
 
     def export(self, folder: str | Path, format: str = "hf", max_shard: int = 5_000_000_000) -> Path:
         """Write another library's layout. ``"hf"``: the class of transformers that such a model has there.
@@ -256,7 +262,7 @@ def build(
     On ``"meta"`` it has shapes but no memory, and no weights are read. ``tokenizer`` (an object or a folder) overrides
     that of the configuration; without one the model has no processor. Raises ConfigError or CheckpointError.
     """
-    config = VLMConfig.parse(config)
+    config, device = VLMConfig.parse(config), as_device(device) or torch.device("cpu")
     source = tokenizer if tokenizer is not None else config.tokenizer
     if source is not None and not isinstance(source, Tokenizer):
         source = Tokenizer.from_folder(source)
@@ -269,7 +275,7 @@ def build(
         _check_vocab(config, source)
         processor = Processor(config.processing, cast(TokenizerLike, source), config.model.count)
     vlm = VLM(config, model, processor)
-    if torch.device(device).type != "meta":
+    if device.type != "meta":
         for part, path in config.weights.items():
             vlm.load_part(part, path)
     install(model, config.methods)
@@ -303,7 +309,7 @@ def load(
         vlm = load(name, dtype, device, ignore_fingerprint=ignore_fingerprint, revision=revision, **same)
         vlm.quantize(quantize)
         return vlm
-    path = local_folder(name, revision, allow_pickle)
+    path, device = local_folder(name, revision, allow_pickle), as_device(device)
     if own.is_adapter(path):
         of_base = {"ignore_fingerprint": ignore_fingerprint, "template": template, "vision_tower": vision_tower}
         return registry.get("adapter", "folder")(path, None, dtype, device, allow_pickle=allow_pickle, **of_base)

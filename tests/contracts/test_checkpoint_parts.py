@@ -191,3 +191,18 @@ def test_files_are_read_lazily(saved: Path):
     weights = open_weights(saved)
     assert weights.info["lm.embedding.weight"].shape == (300, 16)
     assert weights.dtype() == torch.float32
+
+
+def test_a_base_with_another_tokenizer_is_refused(saved: Path, tmp_path: Path):
+    """Both vocabularies are as long, so that all shapes fit: every word would be read as another."""
+    base = llama_folder(tmp_path / "base")
+    table = json.loads((saved / "tokenizer.json").read_text())
+    vocab = table["model"]["vocab"]
+    one, two = [token for token in vocab if len(token) == 1][5:7]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (base / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(ConfigError, match=r"2 of 2[0-9][0-9] tokens differ: every word would be read as another"):
+        chiasm.load(saved).load_part("lm", base)
+    chiasm.load(saved).load_part("lm", base / "model.safetensors")  # asked for
+    (base / "tokenizer.json").write_bytes((saved / "tokenizer.json").read_bytes())
+    chiasm.load(saved).load_part("lm", base)

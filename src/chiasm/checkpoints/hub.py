@@ -21,6 +21,9 @@ def local_folder(name: str | Path, revision: str | None = None, allow_pickle: bo
     """The folder called ``name``, or of the hub's model of that name. Raises CheckpointError."""
     path = Path(name)
     if path.is_dir():
+        inner = path / "model"  # what a run's folder holds
+        if (inner / "config.json").is_file() and not list(path.glob("*config.json")):
+            raise CheckpointError(f"{path} holds no model, but {inner} does: give that")
         return path
     if path.exists():
         refuse_program(path)

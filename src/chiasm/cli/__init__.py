@@ -63,13 +63,17 @@ class Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
-        """Turns the package's errors into one line and exit status 1."""
+        """Turns the package's errors, and a file that cannot be read or written, into one line and exit status 1."""
         from chiasm.errors import ChiasmError
 
         try:
             return super().invoke(ctx)
         except ChiasmError as error:
             raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.filename is None or error.strerror is None:  # not of a file: a fault to be seen whole
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from None
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -79,19 +79,22 @@ def command(
 
 
 def _labels(given: str | None) -> list[str] | None:
+    from chiasm.config import read_lines
+
     if given is None:
         return None
     if Path(given).is_file():
-        return Path(given).read_text(encoding="utf-8").splitlines()
+        return read_lines(given)
     return given.split(",")
 
 
 def _templates(given: str | None, folder: Path, labels: str | None) -> Any:
     """A file's lines, a set's name, a prompt; by default ImageNet's 80 prompts for its folders, else one."""
+    from chiasm.config import read_lines
     from chiasm.eval.classify import IMAGENET
 
     if given is not None and Path(given).is_file():
-        return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_lines(given) if line.strip()]
     if given is not None:
         return given
     whole = labels is None and folder.is_dir() and sum(p.is_dir() for p in folder.iterdir()) == IMAGENET

@@ -48,6 +48,8 @@ def command(
     """Answer one PROMPT about the pictures (streamed), or every conversation of a JSONL file (in batches)."""
     if (source is None) == (not words):
         raise click.UsageError("give either a prompt or --input FILE.jsonl")
+    if source is None and output is not None:
+        raise click.UsageError("--output takes the answers to --input; the answer to a prompt goes to standard output")
     settings["stop"] = list(settings["stop"])
     settings["constraint"] = _constraint(schema, choices)
     if source is None:
@@ -73,6 +75,7 @@ def _constraint(schema: Path | None, choices: str | None) -> Any:
         raise click.UsageError("give either --json-schema or --choices")
     if schema is None and choices is None:
         return None
+    from chiasm.config import read_text
     from chiasm.errors import ConfigError
     from chiasm.infer.constraints import Choices, JsonSchema
 
@@ -80,7 +83,7 @@ def _constraint(schema: Path | None, choices: str | None) -> Any:
         return Choices([choice.strip() for choice in choices.split(",")])
     assert schema is not None
     try:
-        return JsonSchema(json.loads(schema.read_text()))
+        return JsonSchema(json.loads(read_text(schema)))
     except ValueError as error:
         raise ConfigError(f"{schema}: not JSON ({error})") from None
 
@@ -88,9 +91,9 @@ def _constraint(schema: Path | None, choices: str | None) -> Any:
 def _file(vlm: Any, source: Path, output: Path | None, size: int, system: str | None, settings: dict[str, Any]) -> None:
     from rich.progress import track
 
-    rows = [
-        _row(line, number, source) for number, line in enumerate(source.read_text().splitlines(), 1) if line.strip()
-    ]
+    from chiasm.config import read_lines
+
+    rows = [_row(line, number, source) for number, line in enumerate(read_lines(source), 1) if line.strip()]
     head = [] if system is None else [{"role": "system", "content": system}]
     with click.open_file(str(output) if output else "-", "w") as sink:
         for start in track(range(0, len(rows), size), description="generate", disable=output is None):

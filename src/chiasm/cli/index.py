@@ -41,6 +41,7 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from chiasm.config import read_lines
     from chiasm.errors import DataError
     from chiasm.retrieve import Index
     from chiasm.retrieve.index import FOLDER
@@ -65,14 +66,16 @@ def command(
     told = f"{update.added} new, {update.changed} changed, {update.removed} deleted, {update.kept} as before"
     console.print(f"Pictures: {told}; {update.seconds:.1f} s", highlight=False)
     if texts is not None:
-        lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_lines(texts)]
         found = index.update_texts([line for line in lines if line], batch=batch_size)
         console.print(f"Texts: {found.added} new, {found.removed} deleted, {found.kept} as before", highlight=False)
-    broken = list(index.catalogue.broken())
-    if broken:
-        console.print(f"{len(broken)} pictures cannot be read and are left out:", highlight=False)
+    for kind, noun in (("image", "pictures"), ("text", "texts")):
+        broken = list(index.catalogue.broken(kind))
+        if broken:
+            console.print(f"{len(broken)} {noun} cannot be read and are left out:", highlight=False)
         for item in broken[:10]:
-            console.print(f"  {item.name}: {item.why}", highlight=False, markup=False, soft_wrap=True)
+            name = item.name if len(item.name) <= 60 else item.name[:57] + "..."
+            console.print(f"  {name}: {item.why}", highlight=False, markup=False, soft_wrap=True)
         if len(broken) > 10:
             console.print(f"  … and {len(broken) - 10} more", highlight=False)
     held = ", ".join(f"{good:,} {kind}s" for kind, (good, _) in sorted(index.catalogue.counts().items()))

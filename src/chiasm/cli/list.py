@@ -21,9 +21,13 @@ KINDS = [
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(KINDS), required=False)
+@click.argument("kind", type=click.Choice(KINDS), required=False, metavar="[KIND]")
 def command(kind: str | None) -> None:
-    """Names that configurations and commands understand. Without KIND: all of them."""
+    """Names that configurations and commands understand. Without KIND: all of them.
+
+    KIND is presets, encoders, connectors, lms, fusions, merges, templates, sources, front_ends, objectives, tasks or
+    metrics.
+    """
     from rich.console import Console
     from rich.table import Table
 

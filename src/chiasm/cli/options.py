@@ -66,13 +66,21 @@ def open_model(
 
 def parts(words: tuple[str, ...]) -> tuple[list[str], str | None]:
     """Split ``PICTURE... QUESTION``: the words that name files are pictures, the one that does not is the question."""
-    pictures = [word for word in words if Path(word).exists() or Path(word).suffix.lower() in PICTURES]
+    pictures = [word for word in words if _exists(word) or Path(word).suffix.lower() in PICTURES]
     rest = [word for word in words if word not in pictures]
     if len(rest) > 1:
         raise click.UsageError(
             f"{len(rest)} questions given ({rest[0]!r}, {rest[1]!r}, ...); put the question in quotes"
         )
     return pictures, rest[0] if rest else None
+
+
+def _exists(word: str) -> bool:
+    """Whether a word names a file: neither an empty word does nor one too long for a name, as questions may be."""
+    try:
+        return bool(word.strip()) and Path(word).exists()
+    except OSError:
+        return False
 
 
 PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}

@@ -82,12 +82,13 @@ def command(
 
 
 def _options(settings: dict[str, Any]) -> Any:
+    from chiasm.config import read_lines
     from chiasm.serve.options import ServeOptions
 
     keys = [*settings["keys"]]
     keys += [key for key in os.environ.get("CHIASM_API_KEY", "").split(",") if key]
     if settings["api_key_file"] is not None:
-        keys += [line.strip() for line in settings["api_key_file"].read_text().splitlines() if line.strip()]
+        keys += [line.strip() for line in read_lines(settings["api_key_file"]) if line.strip()]
     return ServeOptions.parse(
         {
             **{name: settings[name] for name in ("host", "port", "hosts", "origins", "page", "temperature")},

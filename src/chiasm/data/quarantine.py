@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from chiasm.config import Config
+from chiasm.config import Config, read_lines, read_text
 from chiasm.data.base import Source
 from chiasm.errors import ConfigError, DataError, nearest
 
@@ -54,10 +54,7 @@ class Quarantine:
     @classmethod
     def read(cls, path: str) -> Quarantine:
         """Raises DataError that names the line."""
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"quarantine file {path}: cannot be read: {error}") from None
+        lines = read_lines(path)
         return cls((_entry(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()), path)
 
     def write(self, path: str | Path) -> Path:
@@ -125,8 +122,7 @@ def _entry(line: str, where: str) -> Quarantined:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file that a kill may have cut."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
 
 # ------------------------------------------------------------------------------------------------------- on the way

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chiasm.config import read_lines
 from chiasm.errors import CheckpointError
 
 CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -37,10 +38,10 @@ def vocabulary_files(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes
         return _clip(*_openai(folder / CLIP_FILE), config)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and kind == "CLIPTokenizer":
         vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_lines(folder / "merges.txt")
         return _clip(vocab, [line for line in lines if line and not line.startswith("#version")], config)
     if (folder / "vocab.txt").is_file():
-        return _bert((folder / "vocab.txt").read_text(encoding="utf-8").splitlines(), config)
+        return _bert(read_lines(folder / "vocab.txt"), config)
     if (folder / "spiece.model").is_file() and kind in ("SiglipTokenizer", ""):
         ends = {"add_bos_token": False, "add_eos_token": True, "eos_token": "</s>", "pad_token": "</s>"}
         table = ends | {k: v for k, v in config.items() if v is not None}

@@ -75,7 +75,7 @@ def show(summary: Summary, console: Console) -> None:
     console.print()
     console.print(table)
     share = 100 * summary.bad / max(1, summary.samples)
-    told = f"{summary.bad:,} of {summary.samples:,} samples ({share:.2g} %) would stop training" if summary.bad else ""
+    told = f"{summary.bad:,} of {summary.samples:,} samples ({share:.3g} %) would stop training" if summary.bad else ""
     console.print(told or "[green]no sample would stop training[/]", highlight=False)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from chiasm.config import read_lines, read_text
 from chiasm.data.base import SourceConfig
 from chiasm.errors import DataError, nearest
 
@@ -35,7 +36,7 @@ class SplitConfig(SourceConfig):
 def read_json(path: str) -> Any:
     """A JSON file. Raises DataError that names the file, the line and the column."""
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; it is not JSON") from None
 
@@ -48,7 +49,7 @@ def read_records(path: str) -> list[Record]:
             raise DataError(f"{path}: holds {type(records).__name__}, a list of records was expected")
     else:
         records = []
-        for number, line in enumerate(_text(path).splitlines(), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             if line.strip():
                 try:
                     records.append(json.loads(line))
@@ -83,10 +84,3 @@ def beside(folder: str, name: Any) -> Any:
     if not isinstance(name, str) or not folder or name.startswith("data:") or "://" in name:
         return name
     return str(Path(folder) / name)
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
