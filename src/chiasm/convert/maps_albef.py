@@ -93,14 +93,13 @@ def _body(dim: int, text_depth: int, fusion_depth: int, mark: str) -> list[AnyRu
     ]
 
 
-def _decoder(depth: int) -> list[AnyRule]:
-    bert = "text_decoder.bert."
+def _decoder(depth: int, mark: str = "", ours: str = "decoder.") -> list[AnyRule]:
+    bert = f"text_decoder{mark}.bert."
+    head = f"text_decoder{mark}.cls.predictions."
     return [
-        *_embeddings(bert + "embeddings.", "decoder.words."),
-        *_layers(bert, "decoder.blocks.", depth),
-        *_predictions(
-            "text_decoder.cls.predictions.", bert + "embeddings.word_embeddings.weight", "decoder.word_scores."
-        ),
+        *_embeddings(bert + "embeddings.", ours + "words."),
+        *_layers(bert, ours + "blocks.", depth),
+        *_predictions(head, bert + "embeddings.word_embeddings.weight", ours + "word_scores."),
     ]
 
 
@@ -127,11 +126,13 @@ def albef(
     copied: list[AnyRule] = [Drop(f"{name}.{{rest}}", why) for name in names]
     queued: list[AnyRule] = [Drop(name, why) for name in queues]
     if copies:
-        copied = [*prefixed(_body(*sizes, "_m"), "", "follower."), *copied[2:3], *copied[5:]]
+        answers = _decoder(answer_depth, "_m", "decoder_follower.")
+        copied = [*prefixed(_body(*sizes, "_m"), "", "follower."), *answers, *copied[5:]]
         queued = [
             transpose("image_queue", "image_queue"),
             transpose("text_queue", "text_queue"),
             rename("queue_ptr", "queue_place"),
+            Drop("idx_queue", "keys of pictures as their place in the authors' list"),
         ]
     return [
         *prefixed(_body(*sizes, ""), "", "body."),
