@@ -33,7 +33,7 @@ def work(values: dict[str, Any], point: int, folder: str) -> None:
         return inner
 
     checkpoint.save_file = watched(checkpoint.save_file)
-    checkpoint._flush = watched(checkpoint._flush)
+    checkpoint.flush = watched(checkpoint.flush)
     os.replace = watched(os.replace)
     checkpoint.shutil.rmtree = watched(checkpoint.shutil.rmtree)
     train(Recipe.parse(values), resume=True, console=Console(file=io.StringIO()))

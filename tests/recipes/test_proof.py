@@ -14,8 +14,9 @@ from tiny_run import model_config, renderer, source, tiny_vlm, tokenizer_folder,
 from chiasm.data.loader import load
 from chiasm.data.mixture import Entry, Mixture
 from chiasm.train.loop import NotFinite, StageRun
+from chiasm.train.marks import marks
 from chiasm.train.masks import check_masks
-from chiasm.train.proof import PATIENCE, Proof, ProofError, frozen_tensors, kinds_of, marks, never_run
+from chiasm.train.proof import PATIENCE, Proof, ProofError, frozen_tensors, kinds_of, never_run
 from chiasm.train.recipe import Recipe, Stage
 from chiasm.train.run import train
 from chiasm.types import Batch
@@ -63,7 +64,8 @@ def test_a_right_run_is_proved(data, tmp_path, settings):
     for p in rows.values():
         assert p["holds"]
         assert p["changed"] == (0 if p["plan"] == "freeze" else p["tensors"] - p["unused"])
-        assert p["gradients"] == (0 if p["plan"] == "freeze" else p["tensors"] - p["unused"])
+        judged = p["tensors"] - p["unused"] - p["without_effect"]
+        assert p["gradients"] == (0 if p["plan"] == "freeze" else judged)
     assert ("connectors.image", "train") in rows
     assert "proved" in file.getvalue() and "Proof after step 2" in file.getvalue()
 

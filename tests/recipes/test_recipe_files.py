@@ -7,11 +7,24 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image as Pillow
 from rich.console import Console
 
 import chiasm
+from chiasm.config import override
+from chiasm.data.loader import Renderer
+from chiasm.data.mixture import Mixture
+from chiasm.errors import ConfigError
 from chiasm.presets import presets
+from chiasm.processing.base import Place
+from chiasm.processing.image import ImageFrontEnd
+from chiasm.processing.processor import ProcessingConfig
 from chiasm.train import load_recipe, train
+from chiasm.train.model import built_config
+from chiasm.train.plan import part_of, resolve
+from chiasm.train.ways import open_processor, staged
+from chiasm.types import Image
+from chiasm.vlm import build
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -39,11 +52,41 @@ def test_published_numbers_stand_in_the_preset_too(name):
     """Two places that were written apart from each other: the recipe, and the record behind the preset's page."""
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     record = next(p for p in presets() if p.name == recipe.model.preset)
-    for mine, published in zip(recipe.stages, record.system.stages, strict=False):
+    for mine, published in zip(recipe.stages, record.system.stages, strict=True):
         assert published.lr in (None, mine.lr)
         assert published.batch in (None, mine.batch_size * mine.accumulate)
         assert published.epochs in (None, mine.epochs)
         assert published.warmup == mine.warmup_ratio and published.weight_decay == mine.weight_decay
+
+
+def test_onevision_has_its_four_stages():
+    """What trains, at which rate, and how finely a picture is cut: by the paper's table, for 2000 x 1000 pixels."""
+    recipe = load_recipe(ROOT / "recipes" / "llava-onevision.yaml")
+    config = built_config(recipe.model)
+    model = build(config.model_copy(update={"weights": {}, "tokenizer": None}), device="meta").model
+    picture, found = Image(Pillow.new("RGB", (2000, 1000))), []
+    for stage in recipe.stages:
+        rates = resolve(model, stage.table(), stage.lr).rates
+        parts = {part_of(name): rate for name, rate in rates.items()}
+        processing = ProcessingConfig.parse(override(config.processing.dump(), stage.processing))
+        layout = ImageFrontEnd(processing.media["image"]).layout(picture, Place("s", 0, 1))
+        found.append((parts["encoders.image"], parts["connectors.image"], parts["lm"], layout.units - 1))
+        assert config.model.count("image", layout) <= 729 * (1 + min(9, layout.units - 1)) * 1.1
+    assert found == [(None, 1e-3, None, 0), (2e-6, 1e-5, 1e-5, 2), *[(2e-6, 1e-5, 1e-5, 18)] * 2]
+    assert [stage.batch_size * stage.accumulate for stage in recipe.stages] == [512, 256, 256, 256]
+
+
+def test_a_stage_sees_pictures_by_its_own_processing(tmp_path, monkeypatch):
+    """The log counts positions: stage 1 of LLaVA-NeXT gets one unit a picture, stage 2 tiles; the model keeps them."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(ROOT / "recipes" / "llava-next.yaml", tiny=True)
+    processor, example = open_processor(recipe.model), Mixture(recipe.data)[0, 0]
+    first, second = (len(Renderer(staged(processor, stage)).sample(example).media[0].inputs) for stage in recipe.stages)
+    assert (first, second > 1) == (1, True)
+    assert staged(processor, recipe.stages[1]) is processor
+    wrong = recipe.stages[0].model_copy(update={"processing": {"media.imgae.tiling": None}})
+    with pytest.raises(ConfigError, match=r"no medium 'imgae'.*image"):
+        staged(processor, wrong)
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *WITH_METHODS])

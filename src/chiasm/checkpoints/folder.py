@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from chiasm.compose import build_model, install, installed
 from chiasm.convert.engine import load_weights
@@ -37,9 +38,20 @@ def is_adapter(folder: Path) -> bool:
     return not (folder / "config.json").is_file() and any((folder / name).is_file() for name in names)
 
 
-def save(config: VLMConfig, model: Fusion, processor: Processor | None, folder: Path, max_shard: int) -> Path:
-    """Write everything aside, then move it into ``folder``. Raises CheckpointError for a model without memory."""
+def save(
+    config: VLMConfig,
+    model: Fusion,
+    processor: Processor | None,
+    folder: Path,
+    max_shard: int,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write everything aside, then move it into ``folder``. Raises CheckpointError for a model without memory.
+
+    ``tensors`` are written in place of the model's own of the same names.
+    """
     state = model.state_dict()
+    state.update({name: tensor for name, tensor in (tensors or {}).items() if name in state})
     empty = [name for name, tensor in state.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(

@@ -22,6 +22,7 @@ from chiasm.config import Config as BaseConfig
 from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.errors import ConfigError, DataError
 from chiasm.nn.patch import patch_grid
+from chiasm.nn.reach import key_biases, unreached
 from chiasm.registry import register
 from chiasm.types import Count, Tokens
 
@@ -102,6 +103,7 @@ class HFEncoder(Encoder):
         self.config = config
         self.dim = config.geometry.dim
         self.model = _model(config.config)
+        self._unused: list[str] | None = None
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
 
     def forward(self, inputs: Tensor) -> Tokens:
@@ -122,6 +124,24 @@ class HFEncoder(Encoder):
         else:
             x = x[:, prefix:]  # [U, rows*columns, D]
         return Tokens(x, grid=count.grid)
+
+    def unused(self) -> list[str]:
+        """Names of the parameters that the layer and the vectors that are kept do not depend on."""
+        if self._unused is None:
+            self._unused = _idle(self.config)
+        return self._unused
+
+    def without_effect(self) -> list[str]:
+        """Biases of attention's keys, which softmax cancels."""
+        return [f"model.{name}" for name in key_biases(self.model)]
+
+
+def _idle(config: HFEncoder.Config) -> list[str]:
+    """What ``HFEncoder.unused`` tells, asked of the same model without memory."""
+    with torch.device("meta"):
+        shapes = HFEncoder(config)
+        pictures = torch.empty(1, config.geometry.channels, *config.geometry.image_size)
+    return unreached(shapes, lambda encoder: encoder(pictures).x)
 
 
 def hf_encoder_config(source: str | Path | Mapping[str, Any], **options: Any) -> HFEncoder.Config:

@@ -94,6 +94,10 @@ class Layer(nn.Module):
         x = x + self.out(self.inner_norm(mixed, split), split)
         return x + self.mlp(self.mlp_norm(x, split), split)
 
+    def without_effect(self) -> list[str]:
+        """A bias of the keys adds one number to all scores of a query where a sequence holds one modality only."""
+        return [f"k.{name}" for name, _ in self.k.named_parameters() if name.endswith("bias")]
+
 
 @register("fusion", "multiway")
 class Multiway(PairModel):

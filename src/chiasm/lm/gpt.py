@@ -164,6 +164,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(c.dim, c.dim, bias=c.bias) for _ in range(4))
         self.q_norm = norm(c) if c.qk_norm else None
         self.k_norm = norm(c) if c.qk_norm else None
+        self.cancels = c.bias and c.positions == "alibi" and not c.qk_norm and c.clip is None
 
     def forward(self, x: Tensor, turn: Turn, attend: Attend, cache: KVCache | None, index: int) -> Tensor:
         """``x [B, T, D]`` → ``[B, T, D]``."""
@@ -179,6 +180,10 @@ class Attention(nn.Module):
             k, v = cache.append(index, k, v)  # [B, H, L, Dh]
         y = attend(q, k, v)  # [B, H, T, Dh]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, D]
+
+    def without_effect(self) -> list[str]:
+        """A bias of the keys adds one number to all scores of a query, and softmax cancels it: its slope is 0."""
+        return ["k_proj.bias"] if self.cancels else []
 
 
 class Perceptron(nn.Module):

@@ -21,6 +21,7 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.lm.base import LM, Cross, LMConfig
 from chiasm.nn.masks import causal_mask
 from chiasm.nn.modes import evaluating
+from chiasm.nn.reach import key_biases, unreached
 from chiasm.registry import register
 
 
@@ -47,6 +48,7 @@ class HFLM(LM):
         self.start_id = getattr(theirs, "decoder_start_token_id", None)
         self._takes_positions = "position_ids" in inspect.signature(self.model.base_model.forward).parameters
         self._head_checked = self._packing_checked = False
+        self._unused: list[str] | None = None
         self.register_load_state_dict_post_hook(_after_loading)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -113,6 +115,18 @@ class HFLM(LM):
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> HFCache:
         """Room for ``capacity`` positions of ``batch`` rows."""
         return HFCache(batch, capacity, device, self.encoder_decoder)
+
+    def unused(self) -> list[str]:
+        """Names of the parameters that the logits do not depend on."""
+        if self._unused is None:
+            with torch.device("meta"):
+                shapes = HFLM(self.config)
+            self._unused = unreached(shapes, _logits)
+        return self._unused
+
+    def without_effect(self) -> list[str]:
+        """Biases of attention's keys, which softmax cancels."""
+        return [f"model.{name}" for name in key_biases(self.model)]
 
     def steady(self, shortest: int, longest: int) -> bool:
         """Whether a cache filled at ``shortest`` positions still holds at ``longest``: frequencies may change."""
@@ -216,6 +230,17 @@ class HFCache:
         """Row ``i`` becomes what row ``rows[i]`` was; ``rows [B']`` may repeat rows or leave some out."""
         self.segments = self.segments.index_select(0, rows)
         self.inner.batch_select_indices(rows)
+
+
+def _logits(lm: HFLM) -> Tensor:
+    """Logits ``[1, 2, V]`` of a model on the ``meta`` device, from the ids of two words."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    x = lm.embed(ids)  # [1, 2, D]
+    if not lm.encoder_decoder:
+        return lm.head(lm.model.base_model(inputs_embeds=x, use_cache=False).last_hidden_state)  # [1, 2, V]
+    memory = lm.model.get_encoder()(inputs_embeds=x).last_hidden_state  # [1, 2, D]
+    found = lm.model.get_decoder()(input_ids=ids, encoder_hidden_states=memory, use_cache=False)
+    return lm.head(found.last_hidden_state)  # [1, 2, V]
 
 
 def build(values: dict[str, Any]) -> Any:

@@ -63,5 +63,9 @@ class CrossAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k
 
+    def without_effect(self) -> list[str]:
+        """A bias of the keys adds one number to all scores of a query, and softmax cancels it: its slope is 0."""
+        return ["k.bias"] if self.k.bias is not None and self.k_norm is None else []
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, ., Dh]

@@ -79,11 +79,11 @@ def _publish(folder: Path, final: Path, aside: Path, state: dict[str, Any], keep
     """Make what was written aside the checkpoint, in one step."""
     (aside / "state.json").write_text(json.dumps(state, indent=1))
     for file in aside.iterdir():
-        _flush(file)
-    _flush(aside)
+        flush(file)
+    flush(aside)
     remove(final)
     os.replace(aside, final)
-    _flush(folder)
+    flush(folder)
     found = checkpoints(folder)
     chosen = best(folder)
     for old in found[:-keep]:
@@ -216,7 +216,8 @@ def _same_names(path: Path, saved: set[str], wanted: set[str]) -> None:
         )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -25,12 +25,16 @@ from chiasm.fusion.splice import labelled
 from chiasm.nn.again import computed_again_in
 from chiasm.train.methods.table import skeleton
 from chiasm.train.model import built_config
+from chiasm.train.objectives.base import Objective, StepObjective, objective
 from chiasm.train.objectives.cross_entropy import cross_entropy
-from chiasm.train.plan import Action, Plan, apply, prepare, resolve
+from chiasm.train.objectives.next_token import next_token
+from chiasm.train.plan import Action, Plan, apply, prepare, resolve, settled
 from chiasm.train.recipe import Recipe, Stage
+from chiasm.train.shapes import counters_kept, mixed, words_kept
 from chiasm.train.speed import parts
+from chiasm.train.together import joined
 from chiasm.train.ways import open_processor, staged
-from chiasm.types import Batch
+from chiasm.types import Batch, Sample
 from chiasm.vlm import build, read_config
 
 
@@ -68,10 +72,12 @@ def forecast(
     dtype: str = "float32",
     accumulate: int = 1,
     recompute: bool = False,
+    objective: Objective = next_token,
 ) -> Forecast:
     """What a step on ``batch`` needs, when ``model`` (with memory or without) is trained by this plan's table.
 
-    ``dtype`` and ``recompute`` are the stage's; ``accumulate`` over 1 keeps gradients while further micro-batches run.
+    ``dtype``, ``recompute`` and ``objective`` are the stage's; ``accumulate`` over 1 keeps gradients while further
+    micro-batches run. Raises RuntimeError where a part reads numbers that are not there.
     """
     shapes: Any = skeleton(model)
     prepare(shapes, table)
@@ -91,7 +97,7 @@ def forecast(
         masters=4 * (copies if _device(model) == "cpu" else trained) if copies else 0,
         gradients=4 * trained,
         optimizer=8 * trained,
-        activations=kept + step_peak(shapes, batch, low),
+        activations=kept + _peak(shapes, batch, low, objective, accumulate),
     )
 
 
@@ -119,17 +125,23 @@ def foresee(recipe: Recipe, samples: int = 1000) -> Iterator[Foreseen]:
     mixture = Mixture(recipe.data, recipe.seed, recipe.left_out())
     for stage in recipe.stages:
         renderer = Renderer(staged(processor, stage), stage.max_length, stage.pack)
-        used = mixture.only(stage.data)
-        refs = used.first(max(1, samples // len(used.sources)))
-        longest = max((renderer.sample(used[ref]) for ref in refs), key=len)
-        batch = renderer.collate([replace(longest, media=list(longest.media)) for _ in range(stage.batch_size)])
+        batch, longest, looked = longest_batch(renderer, mixture.only(stage.data), stage.batch_size, samples)
         plan = resolve(model, stage.table(), stage.lr)
         memory, why = None, ""
         try:
-            memory = forecast(model, stage.table(), batch, stage.dtype, stage.accumulate, stage.recompute)
+            loss = objective(stage.objective, processor)
+            memory = forecast(model, stage.table(), batch, stage.dtype, stage.accumulate, stage.recompute, loss)
         except (RuntimeError, NotImplementedError) as error:  # a part that reads numbers while it runs
             why = f"a part cannot run without numbers ({str(error).splitlines()[0]})"
-        yield Foreseen(stage, plan, memory, why, len(refs), len(longest), longest.id)
+        yield Foreseen(stage, plan, memory, why, looked, len(longest), longest.id)
+        settled(model, stage.table())
+
+
+def longest_batch(renderer: Renderer, mixture: Mixture, size: int, samples: int) -> tuple[Batch, Sample, int]:
+    """A batch of ``size`` like the longest of the first ``samples``, that sample, and how many were looked at."""
+    refs = mixture.first(max(1, samples // len(mixture.sources)))
+    longest = max((renderer.sample(mixture[ref]) for ref in refs), key=len)
+    return renderer.collate([replace(longest, media=list(longest.media)) for _ in range(size)]), longest, len(refs)
 
 
 def step_peak(shapes: Any, batch: Batch, dtype: torch.dtype) -> int:
@@ -147,6 +159,40 @@ def step_peak(shapes: Any, batch: Batch, dtype: torch.dtype) -> int:
     for p in shapes.parameters():
         p.grad = None
     return alive.peak
+
+
+def _peak(shapes: Any, batch: Batch, dtype: torch.dtype, objective: Objective, accumulate: int) -> int:
+    if objective is next_token:
+        return step_peak(shapes, batch, dtype)
+    return objective_peak(shapes, batch, dtype, objective, accumulate)
+
+
+def objective_peak(shapes: Any, batch: Batch, dtype: torch.dtype, objective: Objective, accumulate: int) -> int:
+    """As ``step_peak``, for any objective. Where samples of several micro-batches are compared, the rows of all of them
+    are there while one of them runs, as in ``chiasm.train.together``.
+    """
+    counters_kept(shapes)
+    given = words_kept(batch, dtype)
+    with Alive() as alive, mixed(), _Fused(), computed_again_in(_Fused):
+        if not isinstance(objective, StepObjective) or accumulate == 1:
+            _slopes(objective(shapes, given).total)
+        else:
+            with torch.no_grad():
+                once = objective.embed(shapes, given)
+            rows = joined([once] * accumulate)
+            _slopes(objective.compare(shapes, rows).total)
+            again = objective.embed(shapes, given)
+            learned = {name: v for name, v in again.vectors.items() if v.requires_grad}
+            torch.autograd.backward(list(learned.values()), [rows.vectors[n][: len(v)] for n, v in learned.items()])
+            del again, learned, rows, once
+    for p in shapes.parameters():
+        p.grad = None
+    return alive.peak
+
+
+def _slopes(total: Tensor) -> None:
+    if total.requires_grad:
+        total.backward()
 
 
 class Alive(TorchDispatchMode):
@@ -188,9 +234,12 @@ class _Fused(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace attention, run everything else."""
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+            added = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if added is None or not added.requires_grad:  # where a bias is learned, no fused kernel runs
+                return _Attention.apply(*args[:3])
+        return func(*args, **kwargs)
 
 
 class _Attention(torch.autograd.Function):

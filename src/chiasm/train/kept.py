@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from chiasm.convert.io import open_weights
 from chiasm.errors import CheckpointError, ConfigError
+from chiasm.train.marks import marks
 from chiasm.train.plan import matches
-from chiasm.train.proof import ProofError, marks
+from chiasm.train.proof import ProofError
 
 
 @contextlib.contextmanager

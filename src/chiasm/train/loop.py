@@ -28,7 +28,9 @@ from chiasm.data.quarantine import BadSamples, Skips
 from chiasm.data.randomness import forked
 from chiasm.errors import CheckpointError, ChiasmError, ConfigError, DataError
 from chiasm.train import checkpoint, optim, speed, together
+from chiasm.train.best import Best
 from chiasm.train.distributed import ALONE, Alone
+from chiasm.train.heap import Heap
 from chiasm.train.log import Bars, JsonLog, print_plan
 from chiasm.train.objectives.base import Objective, StepObjective, objective
 from chiasm.train.plan import Plan, apply, prepare, resolve, set_modes
@@ -89,8 +91,9 @@ class Tally:
 class StageRun:
     """Trains a model by one stage's configuration. ``fit`` returns the log; the model is changed in place.
 
-    ``probe`` gives the held-out records (a dict of numbers) at every ``eval_every`` steps. Raises DataError,
-    ConfigError and CheckpointError before the first step, NotFinite at the first loss or gradient that is no number.
+    ``probe`` gives the held-out records (a dict of numbers) at every ``eval_every`` steps, ``best`` keeps the model of
+    the lowest held-out loss among them. Raises DataError, ConfigError and CheckpointError before the first step,
+    NotFinite at the first loss or gradient that is no number.
     """
 
     def __init__(
@@ -107,18 +110,20 @@ class StageRun:
         random: Collection[str] = (),
         sinks: OpenSinks = lambda start: (),
         ranks: Alone = ALONE,
+        best: Best | None = None,
     ):
+        self.best = best if stage.eval_every and stage.keep_best else None
         self.model, self.renderer, self.stage, self.out, self.probe = model, renderer, stage, out, probe
         self.console, self.ranks = console or Console(), ranks
         self.seed, self.bad, self.random, self.sinks = seed, bad or BadSamples(), random, sinks
-        self.objective: Objective = objective(stage.objective)
+        self.objective: Objective = objective(stage.objective, renderer.processor)
         self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
         self.steps = stage.total_steps(self.batches.steps_per_epoch)
         self.plan: Plan = resolve(model, stage.table(), stage.lr)
         self.low = torch.bfloat16 if stage.dtype == "bf16" and not ranks.sharded else None  # pieces are masters
         # What the objective keeps within bounds after each step (a contrastive scale).
         self.bounds = self.objective.bounds(model) if isinstance(self.objective, StepObjective) else {}
-        self.log, self.usage, self.waits = Log(), Usage(), Waits()
+        self.log, self.usage, self.waits, self.heap = Log(), Usage(), Waits(), Heap()
         self.since = Tally()  # since the last line of the log
 
     def fit(self, resume: bool = False) -> None:
@@ -146,6 +151,8 @@ class StageRun:
             with forked(*self.ranks.seeds(self.seed)):
                 self.watch = Watch(self, resume, self.random)
                 start = self._restore() if resume else self._fresh()
+                if self.best:
+                    self.best.begin(resume, self.ranks.first)
                 if self.ranks.first:
                     self.log = Log(JsonLog(self.out / "log.jsonl", start if resume else None), *self.sinks(start))
                 self._run(start)
@@ -195,6 +202,8 @@ class StageRun:
                 clock, self.waits.paused = clock + pause, self.waits.paused + pause
         self.log.close()
         self.watch.finish(self.steps)
+        if self.best and (told := self.best.told()):
+            self.console.print(f"Stage {self.stage.name}: {told}", highlight=False, soft_wrap=True)
         self.console.print(f"Stage {self.stage.name}: {self.waits.told(self.stage.workers)}", highlight=False)
         if self.features:
             self.console.print(f"Stage {self.stage.name}: {self.features.told()}", highlight=False)
@@ -254,6 +263,7 @@ class StageRun:
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
         self.watch.stepped(step + 1, share)
+        self.heap.stepped()
         return norm, share
 
     def _record(self, done: int, spec: Spec, tally: Tally, norm: float, share: float, seconds: float) -> dict[str, Any]:
@@ -274,6 +284,8 @@ class StageRun:
             self.model.eval()
             with forked(self.seed, "probe"):
                 record = self.probe()
+            if self.best and "held_out/loss" in record:
+                record |= self.best.seen(done, record["held_out/loss"], self.masters, self.ranks)
             if record:  # without held-out data, nothing is known of an objective that the meter cannot read
                 self.log.write({"step": done, **record})
             set_modes(self.model)
@@ -313,7 +325,7 @@ class StageRun:
 def _identity(stage: Stage) -> str:
     """What two runs must share so that one may go on with the other's checkpoint."""
     free = {"workers", "recompute", "compile", "feature_cache", "log_every", "eval_every", "save_every", "keep_last"}
-    free |= {"check_samples", "proof"}
+    free |= {"check_samples", "proof", "keep_best"}
     return stage.model_copy(update={name: Stage.model_fields[name].default for name in free}).hash()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from chiasm.errors import ConfigError
+from chiasm.train.heap import page_out
 from chiasm.train.muon import Muon, matrices
 from chiasm.train.plan import Plan
 
@@ -46,7 +47,9 @@ class Masters:
         for name, p in named.items():
             if name not in self.trained and p.dtype != low:
                 self.frozen[name] = p.data.cpu()
-            p.data = p.data.to(low)
+            wide, p.data = p.data, p.data.to(low)
+            if wide.dtype != low:
+                page_out(wide)
         self.hooks = [
             p.register_post_accumulate_grad_hook(lambda p, name=name: self._take(name, p))
             for name, p in self.trained.items()
@@ -99,6 +102,13 @@ class Masters:
             if name not in self.trained:
                 p.data = self.frozen.get(name, p.data).to(p.device, torch.float32)
         self.low = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters by name in float32, as ``restore`` would leave them; shared ones under each of their names."""
+        named = self.model.named_parameters()
+        values = {id(p): self.masters.get(name, self.frozen.get(name, p)).detach() for name, p in named}
+        everywhere = self.model.named_parameters(remove_duplicate=False)
+        return {name: values[id(p)].to(torch.float32) for name, p in everywhere}
 
     def gradients(self) -> list[Tensor]:
         """All gradients that are there."""

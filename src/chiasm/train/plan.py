@@ -16,7 +16,7 @@ from torch import nn
 
 from chiasm import registry
 from chiasm.errors import ConfigError, nearest
-from chiasm.train.methods.base import MethodConfig, installed, own_parameters
+from chiasm.train.methods.base import MethodConfig, installed, own_parameters, replace
 from chiasm.train.methods.table import carried, install, parse_method, skeleton
 
 Action = float | str | dict[str, Any]
@@ -123,7 +123,9 @@ def choose(model: nn.Module, table: Mapping[str, Action]) -> dict[str, Action]:
     """The action of each parameter: that of the last pattern that means it. Raises ConfigError."""
     chosen: dict[str, Action] = {}
     parameters = dict(model.named_parameters())
-    hidden = [f"{name}.weight" for name, module in installed(model) if getattr(module, "quantised", 0)]
+    held = {f"{name}.weight": module.method for name, module in installed(model) if getattr(module, "quantised", 0)}
+    hidden = list(held)
+    _check_held(held, table)
     for pattern, action in table.items():
         action = check_action(action)
         found = [name for name in parameters if matches(pattern, name)]
@@ -140,6 +142,32 @@ def choose(model: nn.Module, table: Mapping[str, Action]) -> dict[str, Action]:
             "put a row '*': freeze first"
         )
     return chosen
+
+
+def _check_held(held: Mapping[str, MethodConfig], table: Mapping[str, Action]) -> None:
+    """Raise ConfigError where a plan means to train weights that an earlier stage keeps in 4 bits."""
+    refused: dict[str, str] = {}
+    for name, method in held.items():
+        action = next((a for pattern, a in reversed(table.items()) if matches(pattern, name)), "freeze")
+        wanted = parse_method(check_action(action))
+        if action != "freeze" and not (wanted is not None and wanted.same(method)):
+            refused[name] = f"{action if wanted is None else wanted.label()!r}, and carries {method.label()!r}"
+    if refused:
+        name, what = next(iter(refused.items()))
+        raise ConfigError(
+            f"the plan means to train {len(refused)} of {len(held)} weights that are kept in 4 bits since an earlier "
+            f"stage: {name} is given {what}. Go on with that same method, freeze the part, or make whole weights of "
+            "the model first: chiasm merge FOLDER MERGED, then a recipe with model.folder: MERGED"
+        )
+
+
+def settled(model: nn.Module, table: Mapping[str, Action]) -> None:
+    """Leave a model without memory as a stage with this table leaves the real one: LoRA merged, the rest in place."""
+    prepare(model, table)
+    if not any(getattr(module, "quantised", 0) for _, module in installed(model)):
+        for name, module in list(installed(model)):
+            if hasattr(module, "merged"):
+                replace(model, name, module.merged())
 
 
 def methods_in(model: nn.Module, chosen: Mapping[str, Action]) -> dict[str, MethodConfig]:

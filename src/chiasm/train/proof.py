@@ -4,8 +4,7 @@
     after the first step that moves → every trained tensor had a gradient and moved; every frozen one stands still
     at the end → the same again, and the table of it in the terminal, in ``proof.json`` and in the report
 
-A mark is two integer sums over a tensor's bits: exact, so that the smallest change of one number shows, and as cheap as
-reading the tensor once. Between the first steps and the end a proof costs nothing.
+Between the first steps and the end a proof costs nothing.
 """
 
 from __future__ import annotations
@@ -21,17 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.errors import ChiasmError
-from chiasm.train.faults import finite
+from chiasm.train.marks import Mark, marks, not_finite, own
 from chiasm.train.plan import part_of
-
-Mark = tuple[int, int]
 
 PATIENCE = 2
 """Further steps for a gradient that is exactly 0: what stands behind a tensor that starts at 0 (LoRA's first factor
 behind the second, a closed gate) has none until that tensor has moved."""
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ROW, _CHUNK = 1024, 1 << 22
 
 
 class ProofError(ChiasmError):
@@ -49,6 +43,7 @@ class PartProof:
     gradients: int = 0  # tensors that had a finite gradient other than 0
     changed: int = 0  # tensors whose bits are no longer those of the beginning
     unused: int = 0  # tensors that by design never run, so that no gradient can reach them
+    without_effect: int = 0  # tensors that run but cancel out, so that their gradient is rounding alone
     smallest: float | None = None  # norm of the weakest gradient among those seen
     largest: float | None = None
 
@@ -57,8 +52,8 @@ class PartProof:
         """Whether all is as the plan says."""
         if self.plan == "freeze":
             return self.changed == 0
-        used = self.tensors - self.unused
-        return self.gradients == used <= self.changed  # weight decay moves unused ones too
+        used = self.tensors - self.unused - self.without_effect
+        return self.gradients == used <= self.changed  # weight decay and rounding move the others too
 
 
 @dataclass
@@ -69,6 +64,7 @@ class Report:
     step: int
     parts: list[PartProof]
     unused: list[str] = field(default_factory=list)
+    without_effect: list[str] = field(default_factory=list)
     open: dict[str, str] = field(default_factory=dict)  # tensor → why nothing is known of it
     first: int | None = None  # the step after which everything was proved for the first time
 
@@ -91,6 +87,8 @@ class Proof:
         self.epoch = epoch  # steps after which every sample was seen once
         self.resumed = resumed
         self.unused = {name for name in never_run(model) if name in self.trained}
+        self.without_effect = {name for name in cancelling(model) if name in self.trained} - self.unused
+        self.excused = self.unused | self.without_effect
         self.frozen = frozen_tensors(model, self.trained)
         self.before = marks({**self.trained, **self.frozen})
         self.norms: dict[str, float] = {}  # of the first gradient that was not 0
@@ -117,7 +115,8 @@ class Proof:
         """Look at the gradients of a whole step, before the optimizer uses them."""
         if not self.watching:
             return
-        have = [n for n, p in self.trained.items() if n not in self.norms and p.grad is not None]
+        known = self.norms.keys() | self.excused
+        have = [n for n, p in self.trained.items() if n not in known and p.grad is not None]
         found = torch._foreach_norm([self.trained[n].grad.float() for n in have]) if have else []  # type: ignore[union-attr]
         whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in found]  # pieces on several ranks
         values = torch.stack([n.cpu() for n in whole]).tolist() if whole else []
@@ -148,7 +147,7 @@ class Proof:
             self.first = step
 
     def _left(self) -> list[str]:
-        return [n for n in self.trained if n not in self.norms and n not in self.unused]
+        return [n for n in self.trained if n not in self.norms and n not in self.excused]
 
     def _overdue(self, name: str, step: int) -> bool:
         if self.resumed and self.moving < self.epoch:
@@ -181,7 +180,7 @@ class Proof:
         tensors = {**self.trained, **self.frozen}
         bad = not_finite(tensors)
         if bad:
-            count = int((~torch.isfinite(_own(tensors[bad[0]]))).sum())
+            count = int((~torch.isfinite(own(tensors[bad[0]]))).sum())
             raise ProofError(
                 f"stage {self.stage!r}, after step {step}: {len(bad)} of {len(tensors)} tensors hold values that "
                 f"are not finite ({_some(bad)}; {count} of {tensors[bad[0]].numel()} of the first), although the loss "
@@ -235,6 +234,7 @@ class Proof:
             row.parameters += tensor.numel()
             row.changed += now[name] != self.before[name]
             row.unused += name in self.unused
+            row.without_effect += name in self.without_effect
             norm = self.norms.get(name)
             if norm is not None:
                 row.gradients += 1
@@ -245,7 +245,7 @@ class Proof:
             left |= dict.fromkeys(self.norms, "every step had a learning rate of 0: set warmup_ratio to 0")
         parts = sorted(rows.values(), key=lambda r: (r.part, r.plan))
         verdict = "open" if left else "proved" if all(p.holds for p in parts) else "failed"
-        return Report(verdict, step, parts, sorted(self.unused), left, self.first)
+        return Report(verdict, step, parts, sorted(self.unused), sorted(self.without_effect), left, self.first)
 
     def _why_open(self, name: str) -> str:
         if not self.moving:
@@ -269,9 +269,22 @@ def write(report: Report, path: Path) -> None:
 
 def never_run(model: nn.Module) -> list[str]:
     """Parameters that by design have no part in the result, as their modules tell by a method ``unused() -> names``."""
+    return _declared(model, "unused")
+
+
+def cancelling(model: nn.Module) -> list[str]:
+    """Parameters whose gradient is exactly 0 in theory though they run: their modules tell by ``without_effect()``.
+
+    Softmax does not see a number that is added to all scores of a query, so a bias of attention's keys changes nothing.
+    What such a parameter gets in practice is rounding, which may be 0: no proof can ask for it.
+    """
+    return _declared(model, "without_effect")
+
+
+def _declared(model: nn.Module, by: str) -> list[str]:
     found = []
     for prefix, module in model.named_modules():
-        tell = getattr(module, "unused", None)
+        tell = getattr(module, by, None)
         if callable(tell):
             found += [f"{prefix}.{name}" if prefix else name for name in tell()]
     return found
@@ -314,72 +327,6 @@ def kinds_of(model: Any, name: str) -> set[str] | None:
     if room == "cross":
         return set(media)
     return None if not rest else set()  # a vector of the model's own, such as newline
-
-
-@torch.no_grad()
-def marks(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
-    """The mark of each tensor; of one in pieces on several ranks, the sum over them, so that all ranks see the same.
-
-    One transfer from the device for all of them.
-    """
-    found: list[Tensor] = []
-    for tensor in tensors.values():
-        found += _mark(_own(tensor))
-    if not found:
-        return {}
-    devices: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(found):
-        devices.setdefault(value.device, []).append(i)
-    numbers = [0] * len(found)
-    for places in devices.values():
-        together = torch.stack([found[i] for i in places])
-        if any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
-            torch.distributed.all_reduce(together)
-        for i, value in zip(places, together.tolist(), strict=True):
-            numbers[i] = value
-    return {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(tensors)}
-
-
-@torch.no_grad()
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the floating tensors that hold a value which is no finite number."""
-    floats = {name: _own(t) for name, t in tensors.items() if t.is_floating_point()}
-    if not floats:
-        return []
-    # a sum of absolute values is finite unless a value is not, or it overflows; only then is each value looked at
-    sums = torch.stack(
-        [t.abs().sum(dtype=torch.float64 if t.device.type != "mps" else None).cpu() for t in floats.values()]
-    )
-    pieces = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
-    if pieces:
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, sums)
-        sums = torch.stack(gathered).sum(0)
-    odd = (~torch.isfinite(sums)).tolist()
-    return [name for name, o in zip(floats, odd, strict=True) if o and (pieces or not finite(floats[name]))]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """This rank's piece of a tensor; the tensor itself where it is whole."""
-    local = getattr(tensor, "to_local", None)
-    return (local() if local is not None else tensor).detach()
-
-
-def _mark(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum ``[]`` of a tensor's numbers read as integers, and the same weighted by their column, in int64."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    flat = tensor.contiguous().reshape(-1).view(_BITS[tensor.element_size()])  # [n]
-    weights = torch.arange(1, _ROW + 1, device=flat.device)
-    plain, weighted = torch.zeros((), dtype=torch.int64, device=flat.device), 0
-    for piece in flat.split(_CHUNK):
-        whole = len(piece) // _ROW * _ROW
-        columns = piece[:whole].view(-1, _ROW).sum(0, dtype=torch.int64)  # [1024]
-        rest = piece[whole:].to(torch.int64)
-        columns[: len(rest)] += rest
-        plain = plain + columns.sum()
-        weighted = weighted * 31 + (columns * weights).sum()
-    return plain, torch.as_tensor(weighted, device=flat.device)
 
 
 def _some(names: list[str], most: int = 4) -> str:

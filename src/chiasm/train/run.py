@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from rich.console import Console
+from torch import Tensor
 
 from chiasm import registry
 from chiasm.convert.io import write_json
@@ -20,18 +22,21 @@ from chiasm.errors import DataError
 from chiasm.eval.pairs import check_pairs, compares
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
+from chiasm.train.best import Best
 from chiasm.train.distributed import ALONE, Alone, started
 from chiasm.train.kept import check_saved, through_merge
 from chiasm.train.live import LivePage
 from chiasm.train.loop import StageRun
 from chiasm.train.methods.settle import settle
+from chiasm.train.methods.table import skeleton
 from chiasm.train.model import best_device, open_model, random_parts, trained_parts
 from chiasm.train.objectives import objective
 from chiasm.train.plan import prepare as put
-from chiasm.train.plan import quantises, resolve
+from chiasm.train.plan import quantises, resolve, settled
 from chiasm.train.probe import Probe
 from chiasm.train.recipe import Recipe, Stage
 from chiasm.train.sinks import Sink, open_sinks
+from chiasm.train.ways import staged
 
 
 def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Console | None = None) -> Any:
@@ -85,8 +90,10 @@ class Run:
     def prepare(self) -> None:
         """Every stage's plan and steps, and the samples of every stage's sources, looked at before the first step."""
         steps: list[int] = []
+        shapes = skeleton(self.vlm.model)
         for stage in self.recipe.stages:
-            resolve(self.vlm.model, stage.table(), stage.lr)
+            resolve(shapes, stage.table(), stage.lr)
+            settled(shapes, stage.table())
             mixture = self.mixture.only(stage.data)
             steps.append(stage.total_steps(BatchPlan(mixture, stage.batch_size, stage.accumulate).steps_per_epoch))
             with self.console.status(f"looking at the samples of stage {stage.name}"):
@@ -147,6 +154,7 @@ class Run:
             random=self.random,
             sinks=lambda start: self._sinks(stage, folder, start),
             ranks=self.ranks,
+            best=Best(folder / "best", lambda path, tensors, step: self._keep(stage, path, tensors, step)),
         )
         run.fit(resume)
         self.random -= trained_parts(run.plan)
@@ -168,12 +176,19 @@ class Run:
             self._save(stage, run, model, folder)
         self.ranks.wait(f"the model of stage {stage.name}")
 
+    def _keep(self, stage: Stage, path: Path, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Write the model as it is after a step."""
+        event = f"stage {stage.name}: the lowest held-out loss, after step {step}, recipe {self.recipe.hash()}"
+        config = self.vlm.config.model_copy(update={"provenance": self.vlm.config.provenance.add(event)})
+        type(self.vlm)(config, self.vlm.model, self.vlm.processor).save(path, tensors=tensors)
+
     def _save(self, stage: Stage, run: StageRun, model: Path, folder: Path) -> None:
         """What a finished stage leaves in its folder."""
         self.vlm.save(model)
         check_saved(self.vlm.model, model)
         (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
-        write_json(folder / "done.json", {"model": str(model), "steps": run.steps})
+        best = {"best": run.best.known} if run.best and run.best.known else {}
+        write_json(folder / "done.json", {"model": str(model), "steps": run.steps, **best})
         shutil.rmtree(
             folder / "checkpoints", ignore_errors=True
         )  # the stage can no longer be resumed, only its model used
@@ -199,11 +214,8 @@ class Run:
             self.console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 
     def _renderer(self, stage: Stage) -> Renderer:
-        processor = self.vlm.processor
-        if stage.template is not None:  # the saved model keeps its own
-            config = type(processor.config).parse(processor.config.dump() | {"template": stage.template})
-            processor = type(processor)(config, processor.tokenizer, processor.counter)
-        return Renderer(processor, stage.max_length, stage.pack)
+        """The stage's own template and processing; the saved model keeps its own."""
+        return Renderer(staged(self.vlm.processor, stage), stage.max_length, stage.pack)
 
     def _probe(self, renderer: Renderer, stage: Stage) -> Probe:
         """Over held-out examples; where there are none, over training data, for the meter alone."""
@@ -216,7 +228,8 @@ class Run:
                 if self.held_out:
                     raise
         seen = self.held_out is None
-        return Probe(self.vlm.model, renderer, objective(stage.objective), examples, stage.batch_size, seen)
+        made = objective(stage.objective, renderer.processor)
+        return Probe(self.vlm.model, renderer, made, examples, stage.batch_size, seen)
 
 
 def _told(stage: Stage, found: Checked) -> str:

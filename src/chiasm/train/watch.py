@@ -58,7 +58,7 @@ class Watch:
         self._judged(lambda: self.proof.stepped(step, share))
         if self.proof.first is not None and not self.said:
             self.said = True
-            own, still = len(self.proof.trained) - len(self.proof.unused), len(self.proof.frozen)
+            own, still = len(self.proof.trained) - len(self.proof.excused), len(self.proof.frozen)
             self.console.print(
                 f"Proof after step {step}: all {own} trained tensors had a gradient and moved, "
                 f"all {still} frozen ones stand still",
@@ -145,12 +145,13 @@ def print_proof(console: Console, stage: str, report: Report) -> None:
     table = Table(header_style="bold", box=None)
     for name in ("part", "plan"):
         table.add_column(name)
-    for name in ("tensors", "had a gradient", "changed", "never run"):
+    for name in ("tensors", "had a gradient", "changed", "never run", "cancel out"):
         table.add_column(name, justify="right")
     table.add_column("first gradients, weakest … strongest")
     for p in report.parts:
         gradients = f"{p.smallest:.1e} … {p.largest:.1e}" if p.smallest is not None else ""
-        cells = [str(p.tensors), str(p.gradients) if p.plan == "train" else "", str(p.changed), str(p.unused or "")]
+        cells = [str(p.tensors), str(p.gradients) if p.plan == "train" else "", str(p.changed)]
+        cells += [str(p.unused or ""), str(p.without_effect or "")]
         shade = ("" if p.plan == "train" else "dim") if p.holds else "red"
         table.add_row(p.part, p.plan, *cells, gradients, style=shade)
     console.print(table)

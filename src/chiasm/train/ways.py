@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from chiasm.checkpoints.hub import local_folder
+from chiasm.config import override
 from chiasm.convert.io import read_json
 from chiasm.data.check import Way
 from chiasm.data.mixture import Mixture
 from chiasm.data.quarantine import HELD_OUT
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, nearest
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.presets.checkpoint import Options
@@ -50,11 +51,19 @@ def everything(recipe: Recipe) -> Mixture:
 
 
 def staged(processor: Any, stage: Stage) -> Any:
-    """The processor with a stage's own template, where it has one."""
-    template = getattr(stage, "template", None)
-    if template is None:
+    """The processor with a stage's own template and other changes, where it has any. Raises ConfigError."""
+    changes = ({"template": stage.template} if stage.template is not None else {}) | stage.processing
+    if not changes:
         return processor
-    config = type(processor.config).parse(processor.config.dump() | {"template": template})
+    for dotted in stage.processing:
+        steps = dotted.split(".")
+        if steps[0] == "media" and len(steps) > 1 and steps[1] not in processor.config.media:
+            raise ConfigError(
+                f"stage {stage.name!r}: processing.{dotted}: the model has no medium {steps[1]!r}; "
+                + nearest(steps[1], processor.config.media)
+            )
+    values = override(processor.config.dump(), changes)
+    config = type(processor.config).parse(values, where=f"stage {stage.name!r}: processing")
     return type(processor)(config, processor.tokenizer, processor.counter)
 
 

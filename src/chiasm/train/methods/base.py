@@ -35,6 +35,10 @@ class MethodConfig(PartConfig):
         ]
         return f"{self.type}({', '.join(given)})" if given else self.type
 
+    def same(self, other: MethodConfig) -> bool:
+        """Whether the two are one method with the same options; a learning rate of their own may differ."""
+        return self.model_copy(update={"lr": None}) == other.model_copy(update={"lr": None})
+
 
 @runtime_checkable
 class Installed(Protocol):

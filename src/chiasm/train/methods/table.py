@@ -71,7 +71,7 @@ def install(model: nn.Module, chosen: Mapping[str, MethodConfig], seed: int = 0)
 
 def carried(model: nn.Module, config: MethodConfig) -> list[str]:
     """The modules that carry this method with these options."""
-    return [name for other, name in records(model) if other == config]
+    return [name for other, name in records(model) if other.same(config)]
 
 
 def records(model: nn.Module) -> list[tuple[MethodConfig, str]]:
