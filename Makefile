@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench clean
+.PHONY: help demo test test-slow lint format docs bench bench-quick clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Chiasm needs Python 3.10 or newer; run make PYTHON=python3.x"; exit 1; }
@@ -42,8 +42,11 @@ format: $(VENV)/.dev ## put the style right
 docs: $(VENV)/.dev ## make the generated pages of docs/ again
 	$(BIN)/python -m chiasm.presets.page docs/presets
 
-bench: $(VENV)/.dev ## measure against peers; tables and JSON in benchmarks/results
+bench: $(VENV)/.dev ## measure against peers, about four hours; tables and JSON in benchmarks/results
 	$(BIN)/python benchmarks/run.py
+
+bench-quick: $(VENV)/.dev ## the smallest form of each benchmark, to see that it runs; results in runs/bench-quick
+	$(BIN)/python benchmarks/run.py --quick
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+
+def results() -> Path:
+    """Where results go: the folder that ``CHIASM_BENCH_RESULTS`` names, else ``results`` beside this file."""
+    folder = Path(os.environ.get("CHIASM_BENCH_RESULTS") or Path(__file__).parent / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def seconds(run: Callable[[], object], repeats: int = 5) -> float:

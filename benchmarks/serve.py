@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from machine import limits
+from machine import limits, results
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -214,8 +214,7 @@ def main() -> None:
 
 def write(rows: list[dict], options: argparse.Namespace, parameters: int) -> None:
     """The results as JSON and as a table."""
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
+    folder = results()
     facts = {key: getattr(options, key) for key in ("requests", "tokens", "threads", "size", "note")}
     facts |= {"parameters": parameters, "dtype": "bfloat16", "torch": torch.__version__, "limits": limits()}
     try:

@@ -11,30 +11,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from train_profile import UPDATE, Steps
 
 
-def peak_memory() -> float:
-    """The largest resident size of this process so far, in MiB."""
+def memory(key: str) -> float:
+    """A line of this process's memory in MiB: ``VmRSS`` is what is resident now, ``VmHWM`` the most there ever was."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(key):
             return int(line.split()[1]) / 1024
     return 0.0
 
 
-def chiasm_run(setting: dict[str, Any]) -> dict[str, Any]:
+def chiasm_run(setting: dict[str, Any], profiled: bool = False) -> dict[str, Any]:
     """Chiasm's own loop over the setting's data."""
-    from rich.console import Console
-
-    import chiasm
+    from chiasm import vlm as models
     from chiasm.data.loader import Renderer
     from chiasm.train.log import read_log
     from chiasm.train.loop import StageRun
+
+    base, stage = memory("VmRSS"), stage_of(setting)
+    vlm = models.load(setting["model"], dtype="float32")
+    out, clock, told = Path(setting["out"]), Clock(), io.StringIO()
+
+    class Timed(StageRun):
+        def update(self, *args: Any) -> Any:
+            with torch.profiler.record_function(UPDATE):
+                result = super().update(*args)
+            clock.step()
+            if profiled:
+                steps.step(setting["steps"])
+            return result
+
+    run = Timed(vlm.model, Renderer(vlm.processor, None, stage.pack), stage, mixture(setting), out, None, quiet(told))
+    steps = Steps(run, vlm.config.model.lm.vocab, setting["since"]) if profiled else None
+    run.fit()
+    records = read_log(out / "log.jsonl")
+    found = {"losses": [r["loss"] for r in records], **clock.times(), "told": told.getvalue().splitlines()[-2:]}
+    found |= {"base_mib": base, "data_wait": run.waits.share}
+    return found | ({"profile": steps.table(), "profiled_s": steps.seconds} if steps else {})
+
+
+def stage_of(setting: dict[str, Any]) -> Any:
+    """The setting as a stage of a recipe."""
     from chiasm.train.recipe import Stage
 
-    vlm = chiasm.load(setting["model"], dtype="float32")
-    stage = Stage(
+    plan: Any = {1: "align", 2: "instruct"}[setting["stage"]]
+    if setting["method"]:
+        plan = {"*": "freeze", "connectors": "train", "lm": setting["method"]}
+    return Stage(
         name="bench",
-        plan={1: "align", 2: "instruct"}[setting["stage"]],
+        plan=plan,
         steps=setting["steps"],
         batch_size=setting["batch"],
         lr=setting["lr"],
@@ -43,20 +69,6 @@ def chiasm_run(setting: dict[str, Any]) -> dict[str, Any]:
         log_every=1,
         **setting.get("options", {}),
     )
-    out, clock = Path(setting["out"]), Clock()
-
-    class Timed(StageRun):
-        def update(self, *args: Any) -> Any:
-            result = super().update(*args)
-            clock.step()
-            return result
-
-    run = Timed(vlm.model, Renderer(vlm.processor, None, stage.pack), stage, mixture(setting), out, None, quiet())
-    told = io.StringIO()
-    run.console = Console(file=told, width=200)
-    run.fit()
-    losses = [r["loss"] for r in read_log(out / "log.jsonl")]
-    return {"losses": losses, **clock.times(), "told": told.getvalue().splitlines()[-1:]}
 
 
 class Clock:
@@ -77,11 +89,11 @@ class Clock:
         return {"seconds": wall, "cpu_seconds": processor}
 
 
-def quiet() -> Any:
-    """A console that nobody reads."""
+def quiet(told: io.StringIO) -> Any:
+    """A console that writes to a text."""
     from rich.console import Console
 
-    return Console(file=io.StringIO())
+    return Console(file=told, width=200)
 
 
 def mixture(setting: dict[str, Any]) -> Any:
@@ -95,10 +107,10 @@ def mixture(setting: dict[str, Any]) -> Any:
 
 def rendered(setting: dict[str, Any]) -> list[dict[str, Any]]:
     """The samples in the order in which Chiasm sees them: ids, labels and the picture's path, ready for the peer."""
-    import chiasm
+    from chiasm import vlm as models
     from chiasm.data.loader import BatchPlan, Renderer
 
-    vlm = chiasm.load(setting["model"], dtype="float32")
+    vlm = models.load(setting["model"], dtype="float32")
     data, renderer = mixture(setting), Renderer(vlm.processor)
     samples: list[dict[str, Any]] = []
     for spec in BatchPlan(data, setting["batch"]).specs(0, setting["steps"]):
@@ -108,7 +120,20 @@ def rendered(setting: dict[str, Any]) -> list[dict[str, Any]]:
             labels = sample.input_ids.masked_fill(~sample.loss_mask, -100)
             paths = [str(m.data) for message in example.messages for m in message.media]
             samples.append({"input_ids": sample.input_ids, "labels": labels, "paths": paths})
+    if setting["method"]:
+        write_adapter(vlm, setting)
     return samples
+
+
+def write_adapter(vlm: Any, setting: dict[str, Any]) -> None:
+    """The adapter that Chiasm's run will begin with, as a folder that ``peft`` reads."""
+    from chiasm.train.methods.files import save_adapter
+    from chiasm.train.plan import apply, prepare, resolve
+
+    stage = stage_of(setting)
+    prepare(vlm.model, stage.table(), 0)
+    apply(vlm.model, resolve(vlm.model, stage.table(), stage.lr))
+    save_adapter(vlm, setting["adapter"], layout="llava")
 
 
 def transformers_run(setting: dict[str, Any]) -> dict[str, Any]:
@@ -116,14 +141,15 @@ def transformers_run(setting: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from PIL import Image
     from torch.utils.data import SequentialSampler
+    from transformers import Trainer  # each is imported when it is named first: before the base is taken
+    from transformers.models.llava import modeling_llava  # noqa: F401
 
+    if setting["method"]:
+        import peft  # noqa: F401
+    base = memory("VmRSS")
     samples = torch.load(setting["samples"])
     images = transformers.CLIPImageProcessorPil.from_pretrained(setting["model"])
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(setting["model"], dtype=torch.float32)
-    pad = model.config.text_config.pad_token_id
-    for name, parameter in model.named_parameters():
-        trained = "multi_modal_projector" in name or (setting["stage"] == 2 and "vision_tower" not in name)
-        parameter.requires_grad_(trained)
+    model, pad = peer_model(setting)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         def pad_with(name: str, value: int) -> torch.Tensor:
@@ -138,7 +164,7 @@ def transformers_run(setting: dict[str, Any]) -> dict[str, Any]:
             made["pixel_values"] = images(pictures, return_tensors="pt")["pixel_values"]
         return made
 
-    class InOrder(transformers.Trainer):
+    class InOrder(Trainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return SequentialSampler(samples)
 
@@ -173,7 +199,28 @@ def transformers_run(setting: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
     )
     InOrder(model, arguments, data_collator=collate, train_dataset=samples, callbacks=[Report()]).train()
-    return {"losses": losses, **clock.times()}
+    return {"losses": losses, **clock.times(), "base_mib": base}
+
+
+def peer_model(setting: dict[str, Any]) -> tuple[Any, int]:
+    """The model of transformers, with the setting's parameters trained, and its padding token.
+
+    With adapters in bf16 the base weights are bfloat16, as LLaVA's own script has them; else float32 under autocast.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    low = setting["method"] and setting["precision"] == "bf16"
+    dtype = torch.bfloat16 if low else torch.float32
+    model = LlavaForConditionalGeneration.from_pretrained(setting["model"], dtype=dtype)
+    pad = model.config.text_config.pad_token_id
+    if setting["method"]:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, setting["adapter"], is_trainable=True), pad
+    for name, parameter in model.named_parameters():
+        trained = "multi_modal_projector" in name or (setting["stage"] == 2 and "vision_tower" not in name)
+        parameter.requires_grad_(trained)
+    return model, pad
 
 
 def main() -> None:
@@ -184,8 +231,9 @@ def main() -> None:
         torch.save(rendered(setting), setting["samples"])
         return
     begun = time.perf_counter()
-    result = {"chiasm": chiasm_run, "transformers": transformers_run}[peer](setting)
-    result |= {"peak_mib": peak_memory(), "total_s": time.perf_counter() - begun}
+    peers = {"chiasm": chiasm_run, "transformers": transformers_run, "profile": lambda s: chiasm_run(s, profiled=True)}
+    result = peers[peer](setting)
+    result |= {"peak_mib": memory("VmHWM"), "total_s": time.perf_counter() - begun}
     print("RESULT " + json.dumps(result))
 
 

@@ -76,7 +76,7 @@ def thin(base: nn.Linear, r: int) -> tuple[nn.Parameter, nn.Parameter]:
 def low_rank(layer: Any, x: Tensor) -> Tensor:
     """``x [..., in]`` → its low-rank change ``[..., out]``."""
     x = F.dropout(x, layer.method.dropout, layer.training)
-    return F.linear(F.linear(x, layer.lora_a), layer.lora_b) * layer.scale  # [..., r], [..., out]
+    return F.linear(F.linear(x, layer.lora_a) * layer.scale, layer.lora_b)  # [..., r], [..., out]
 
 
 def change(layer: Any) -> Tensor:
