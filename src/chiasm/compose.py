@@ -10,7 +10,7 @@ import torch
 
 from chiasm import registry
 from chiasm.config import PartConfig
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, nearest
 from chiasm.fusion.base import Fusion, FusionConfig
 
 
@@ -25,6 +25,18 @@ def as_device(device: str | torch.device | None) -> torch.device | None:
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(found.type)
     if there is not None and (found.index or 0) >= there:
         raise ConfigError(f"device {str(found)!r} is not there: torch sees {there} of that kind; give cpu")
+    return found
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch type from its name. Raises ConfigError."""
+    if dtype is None:
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(
+            f"unknown dtype {dtype!r}; {nearest(str(dtype), ['float32', 'bfloat16', 'float16', 'float64'])}"
+        )
     return found
 
 

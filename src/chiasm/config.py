@@ -32,6 +32,8 @@ class Config(BaseModel):
         """Validate ``values``. Raises ConfigError that names the key, the place and the nearest known keys."""
         if isinstance(values, cls):
             return values
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where or cls.__qualname__}: a table of keys was expected, got {values!r:.80}")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
@@ -199,7 +201,8 @@ def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"missing key {path!r}")
         else:
-            lines.append(f"{path}: {problem['msg']}, got {problem['input']!r}")
+            said = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{path}: {said}, got {problem['input']!r}" if path else said)
     return f"{where or cls.__qualname__}: " + "; ".join(lines)
 
 

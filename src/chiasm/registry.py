@@ -55,6 +55,8 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 def get(kind: str, name: str) -> Any:
     """The entry called ``name``, or the object at ``"package.module:Class"``. Raises RegistryError."""
     table = _table(kind)
+    if not isinstance(name, str):
+        raise RegistryError(f"a {kind} is asked for by its name, a text; got {type(name).__name__}")
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:

@@ -108,3 +108,11 @@ def test_the_folder_of_a_run_is_answered_with_its_model(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"holds no model, but .*model does"):
         local_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["none", "empty"])
+def test_serve_refuses_a_wrong_folder_before_it_listens(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    done = CliRunner().invoke(main, ["serve", str(tmp_path / name), "--port", "0"])
+    assert done.exit_code == 1 and "http://" not in done.output
+    assert ("config.json is missing" if name == "empty" else "there is no folder") in done.output

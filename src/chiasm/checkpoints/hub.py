@@ -6,6 +6,7 @@ tables and tokenizer files. Remote code is never fetched.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,14 @@ NOT = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, i
 
 def local_folder(name: str | Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder called ``name``, or of the hub's model of that name. Raises CheckpointError."""
+    path = checked(name)
+    return path if path.is_dir() else _snapshot(str(name), revision, allow_pickle)
+
+
+def checked(name: str | Path) -> Path:
+    """``name`` where it may be a model's: a folder, or of the form of a hub name. Raises CheckpointError."""
+    if not isinstance(name, str | os.PathLike):
+        raise CheckpointError(f"a model is loaded by a folder or a hub name, got {type(name).__name__}")
     path = Path(name)
     if path.is_dir():
         inner = path / "model"  # what a run's folder holds
@@ -30,7 +39,7 @@ def local_folder(name: str | Path, revision: str | None = None, allow_pickle: bo
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
         raise CheckpointError(f"there is no folder {str(name)!r}, and it is no hub name (owner/name) either")
-    return _snapshot(str(name), revision, allow_pickle)
+    return path
 
 
 def _snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:

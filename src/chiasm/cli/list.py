@@ -45,4 +45,9 @@ def command(kind: str | None) -> None:
             table.add_row(record.name, record.family, record.paper)
         console.print(table)
     for plural in KINDS[1:] if kind is None else [k for k in (kind,) if k != "presets"]:
-        console.print(f"[bold]{plural}[/]  " + "  ".join(registry.names(plural.removesuffix("s"))), soft_wrap=True)
+        names = registry.names(plural.removesuffix("s"))
+        if plural == "templates":
+            from chiasm.processing.templates import TEMPLATES
+
+            names += sorted(TEMPLATES)  # published ones, which are data of type "turns"
+        console.print(f"[bold]{plural}[/]  " + "  ".join(names), soft_wrap=True)

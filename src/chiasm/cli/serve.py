@@ -63,6 +63,9 @@ def command(
         raise click.ClickException(f"serving needs {error.name}: pip install 'chiasm[serve]'") from None
     import logging
 
+    from chiasm.checkpoints.folder import is_adapter
+    from chiasm.checkpoints.hub import checked
+    from chiasm.presets.checkpoint import table_of
     from chiasm.serve.options import Served
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -74,6 +77,8 @@ def command(
         name, path = _named(word)
         if name in served:
             raise click.UsageError(f"two models are called {name!r}; name them: first=FOLDER second=FOLDER")
+        if checked(path).is_dir() and not is_adapter(Path(path)):
+            table_of(Path(path))  # a wrong folder is told of now, not by every request
         service: dict[str, Any] = {"slots": slots, "max_queue_requests": queue, "max_length": max_length}
         service |= {"prefix_cache_bytes": prefix_cache * MB, "quantize": quantize}
         served[name] = Served(name, _loader(path, device, dtype, ignore_fingerprint, service))

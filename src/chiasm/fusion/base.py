@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from chiasm.config import PartConfig
+from chiasm.errors import ConfigError, nearest
 from chiasm.types import Batch, Layout, Output
 
 Asked = Literal["all", "labels", "states", "last"]
+
+
+def check_asked(logits: str) -> None:
+    """Raises ConfigError for logits that nobody knows how to give."""
+    if logits not in get_args(Asked):
+        raise ConfigError(f"logits={logits!r}; {nearest(logits, get_args(Asked))}")
 
 
 class FusionConfig(PartConfig):

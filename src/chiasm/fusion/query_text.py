@@ -35,7 +35,7 @@ from chiasm.connectors.qformer import QFormer, multimodal_causal, unimodal
 from chiasm.encoders.base import Encoder
 from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.fusion.assembly import check_stream
-from chiasm.fusion.base import Asked, Fusion, FusionConfig
+from chiasm.fusion.base import Asked, Fusion, FusionConfig, check_asked
 from chiasm.fusion.splice import Stream, labelled, last
 from chiasm.types import Batch, Condition, Count, Layout, Output, Tokens
 
@@ -289,6 +289,7 @@ class QueryText(Fusion):
         elif logits == "last":
             output.logits = self.head(hidden[torch.arange(len(hidden), device=hidden.device), last(batch)])  # [B, V]
         elif logits is not None:
+            check_asked(logits)
             rows, columns = labelled(batch)
             output.targets, output.target_rows = batch.input_ids[rows, columns + 1], rows
             if logits == "labels":

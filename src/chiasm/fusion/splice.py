@@ -23,7 +23,7 @@ from chiasm.connectors.base import Connector
 from chiasm.encoders.base import Encoder
 from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.fusion.assembly import assemble, check_stream, check_streams
-from chiasm.fusion.base import Asked, Fusion, FusionConfig
+from chiasm.fusion.base import Asked, Fusion, FusionConfig, check_asked
 from chiasm.fusion.pool import Pool
 from chiasm.lm.base import LM
 from chiasm.types import Batch, Condition, Count, Layout, MediaBatch, Output, Tokens
@@ -217,6 +217,7 @@ class Splice(Fusion):
 
     def _at_labels(self, output: Output, ids: Tensor, rows: Tensor, columns: Tensor, asked: Asked) -> None:
         """Logits, or the vectors they are made of, at the ``n`` positions whose next token is a target."""
+        check_asked(asked)
         states = output.hidden[rows, columns]  # [n, D]
         output.targets, output.target_rows = ids[rows, columns + 1], rows
         if asked == "labels":

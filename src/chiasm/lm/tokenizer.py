@@ -9,11 +9,12 @@ the published ones.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from chiasm.errors import CheckpointError, nearest
+from chiasm.errors import CheckpointError, DataError, nearest
 from chiasm.lm.tokenizer_files import NAMES, SECOND, TokenizerFiles
 from chiasm.lm.tokenizer_json import JsonBackend
 from chiasm.lm.tokenizer_spm import SpmBackend
@@ -144,8 +145,20 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------------ encode, decode
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> Encoding:
-        """The tokens of a rendered conversation. BOS and EOS are the caller's (``prefix``, ``suffix``)."""
-        return self.backend.encode(pieces)
+        """The tokens of a rendered conversation. BOS and EOS are the caller's (``prefix``, ``suffix``).
+
+        Raises DataError for a text that holds half of a surrogate pair, as a cut "\\ud83d" of JSON gives.
+        """
+        try:
+            return self.backend.encode(pieces)
+        except (TypeError, UnicodeEncodeError):
+            for piece in pieces:
+                if half := re.search("[\ud800-\udfff]", piece.text):
+                    raise DataError(
+                        f"the text {piece.text[max(0, half.start() - 20) : half.end() + 20]!a} holds half of a "
+                        f"character ({half[0]!a}); take it out, or write the whole character"
+                    ) from None
+            raise
 
     def encode(self, text: str, special: bool = False, literal: bool = False) -> list[int]:
         """The ids of a text. ``special`` adds BOS/EOS as the tokenizer does; ``literal`` lets control tokens count."""

@@ -198,7 +198,7 @@ def _repair(path: Path, fingerprint: str) -> set[str]:
 def pending(path: Path, answered: set[str]) -> Iterator[Line]:
     """The lines of the input that have no answer."""
     seen: set[str] = set()
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for number, text in enumerate(file, 1):
             name = custom_id(text)
             if name is not None and name in seen:
