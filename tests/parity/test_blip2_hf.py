@@ -271,6 +271,47 @@ def test_saved_again_in_our_layout(made: Any, ours: Any, tmp_path: Path):
             chiasm.load(tmp_path / "own")
 
 
+@torch.no_grad()
+def test_exported_folder_is_that_of_transformers(made: Any, ours: Any, tmp_path: Path):
+    """Its class opens what we write and holds the same bits; its tokenizers and ours give the same ids of it."""
+    ours.export(tmp_path / "out")
+    theirs, told = type(made.model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    before, after = made.model.state_dict(), theirs.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    given = inputs(made, QUESTIONS[0], PICTURES[0])
+    if made.written:
+        given["decoder_input_ids"] = torch.tensor([[made.tokenizer.pad_token_id, 5, 9]])
+    assert torch.equal(theirs.eval()(**given).logits, made.model(**given).logits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(QUESTIONS[0]).input_ids == made.tokenizer(QUESTIONS[0]).input_ids
+    if made.reader is not None:
+        reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "qformer_tokenizer")
+        assert reader(QUESTIONS[0]).input_ids == made.reader(QUESTIONS[0]).input_ids
+    images = transformers.BlipImageProcessorPil.from_pretrained(tmp_path / "out")
+    pixels = images(PICTURES[0], return_tensors="pt").pixel_values
+    assert torch.equal(pixels, given["pixel_values"])
+    again = chiasm.load(tmp_path / "out")
+    assert again.config.model.hash() == ours.config.model.hash()
+    question = talk(QUESTIONS[0], PICTURES[0])
+    assert again.generate(question, max_new_tokens=6) == ours.generate(question, max_new_tokens=6)
+
+
+def test_what_a_folder_cannot_hold_is_not_exported(made: Any, ours: Any, tmp_path: Path):
+    from chiasm.vlm import VLM
+
+    spoken = ours.processor.config.template.edit(user_turn={"prefix": "Question: "})
+    processing = ours.processor.config.model_copy(update={"template": spoken})
+    processor = type(ours.processor)(processing, ours.tokenizer, ours.config.model.count)
+    changed = VLM(ours.config.model_copy(update={"processing": processing}), ours.model, processor)
+    with pytest.raises(CheckpointError, match=r"no counterpart of: processing.template.user_turn.prefix is 'Question"):
+        changed.export(tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir()), "nothing is left of it"
+    ours.export(tmp_path / "out")
+    ours.export(tmp_path / "out")  # over an older one
+    assert ours.config.model.hash() == chiasm.load(tmp_path / "out").config.model.hash()
+
+
 def test_the_instruction_matters_and_is_not_cut(made: Any, ours: Any):
     """The same picture and prompt give other vectors when the Q-Former reads something else."""
     if made.reader is None:

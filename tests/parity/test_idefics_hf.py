@@ -297,7 +297,7 @@ def test_saved_again_and_exported(made: Any, ours: Any, tmp_path: Path):
     again = chiasm.load(tmp_path / "own")
     assert again.config.model.hash() == ours.config.model.hash()
     assert again.generate(TALKS["shots"][0], max_new_tokens=6) == ours.generate(TALKS["shots"][0], max_new_tokens=6)
-    ours.export(tmp_path / "out", format="hf_idefics")
+    ours.export(tmp_path / "out", format="hf")
     theirs = transformers.IdeficsForVisionText2Text.from_pretrained(tmp_path / "out").eval()
     mine, other = theirs.state_dict(), made.model.state_dict()
     assert mine.keys() == other.keys()

@@ -153,6 +153,69 @@ def test_a_file_that_is_not_whole(made: Any, tmp_path: Path):
         lavis.load(blank(made.vlm), made.file)
 
 
+CLIP_PIECES = [  # LAVIS's CLIP is OpenAI's: the names of transformers, and theirs
+    ("vision_model.embeddings.class_embedding", "class_embedding"),
+    ("vision_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("vision_model.embeddings.patch_embedding", "conv1"),
+    ("vision_model.pre_layrnorm", "ln_pre"),
+    ("vision_model.encoder.layers", "transformer.resblocks"),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+]
+
+
+@torch.no_grad()
+def test_a_file_with_clips_tower(tmp_path: Path):
+    """``vit_model: clip_L``: cut before its last block and with LAVIS's norm it gives transformers' hidden states."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=14,
+        patch_size=4,
+    )
+    theirs = randomise(transformers.CLIPVisionModel(config), 3)
+    state: dict[str, Tensor] = {}
+    rows: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in theirs.state_dict().items():
+        if ".layers.3." in name or "post_layernorm" in name or "position_ids" in name:
+            continue
+        if (head := name.partition(".self_attn."))[1] and "out_proj" not in name:
+            letter, leaf = head[2].split("_proj.")
+            rows.setdefault(f"{head[0]}.attn.in_proj_{leaf}", {})[letter] = tensor
+            continue
+        state[name] = tensor
+    state |= {name: torch.cat([parts[x] for x in "qkv"]) for name, parts in rows.items()}
+    state = {name if name.startswith("vision_model") else "vision_model." + name: t for name, t in state.items()}
+    for old, new in CLIP_PIECES:
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    state = {"visual_encoder." + name: tensor for name, tensor in state.items()}
+
+    vlm_config = chiasm.preset("blip2-clip-l-opt-2.7b", tiny=True)
+    tower = vlm_config.model.encoders["image"].edit(image_size=14, mlp=64, depth=3)
+    vlm_config = vlm_config.edit(**{"model.encoders.image": tower, "processing.media.image.size": 14})
+    model = randomise(build_model(vlm_config.model), 5)
+    ours = VLM(vlm_config, model, None)  # type: ignore[arg-type]
+    ours.export(tmp_path / "out", format="lavis")
+    written = torch.load(tmp_path / "out" / "model.pth", weights_only=True)["model"]
+    assert {n for n in written if n.startswith("visual_encoder.")} == state.keys()
+    norm = torch.nn.LayerNorm(32, eps=1e-5)
+    norm.weight.normal_()
+    torch.save(
+        {"model": written | state | {"ln_vision.weight": norm.weight, "ln_vision.bias": norm.bias}}, tmp_path / "x.pth"
+    )
+    assert lavis.load(ours, tmp_path / "x.pth", allow_pickle=True) == []
+    pixels = torch.randn(2, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+    expected = norm(theirs(pixels, output_hidden_states=True).hidden_states[3])
+    found = model.encoders["image"](pixels).x
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert found.shape == (2, 10, 32) and (found[0] - found[1]).abs().max() > 1e-2
+
+
 # ------------------------------------------------------------------------------------------------- between stages
 
 

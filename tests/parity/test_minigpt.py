@@ -5,15 +5,18 @@ InstructBLIP, for which it has one.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from hf_folders import randomise
+from hf_folders import photo, randomise, small_tokenizer
 from PIL import Image
+from test_blip2_hf import bert_tokenizer
 
 import chiasm
-from chiasm.checkpoints import minigpt4 as released
+from chiasm.checkpoints import minigpt4 as released_layer
+from chiasm.checkpoints.parts import load_part
 from chiasm.compose import build_model
 from chiasm.connectors.hierarchical import Hierarchical
 from chiasm.connectors.neighbours import Neighbours
@@ -74,23 +77,23 @@ def test_released_projection(name: str, tmp_path: Path):
     before = {n: p.clone() for n, p in model.named_parameters()}
     values = {"llama_proj.weight": noise(*layer.weight.shape), "llama_proj.bias": noise(*layer.bias.shape)}
     torch.save({"model": values}, tmp_path / "pretrained.pth")
-    released.load(model, tmp_path / "pretrained.pth", allow_pickle=True)
+    released_layer.load(model, tmp_path / "pretrained.pth", allow_pickle=True)
     assert torch.equal(layer.weight, values["llama_proj.weight"])
     assert torch.equal(layer.bias, values["llama_proj.bias"])
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"connectors.image.proj.weight", "connectors.image.proj.bias"}
     torch.save({"model": values | {"other.weight": noise(2, 2)}}, tmp_path / "more.pth")
     with pytest.raises(CheckpointError, match=r"other\.weight"):
-        released.load(model, tmp_path / "more.pth", allow_pickle=True)
+        released_layer.load(model, tmp_path / "more.pth", allow_pickle=True)
     torch.save({"model": {"llama_proj.weight": values["llama_proj.weight"]}}, tmp_path / "less.pth")
     with pytest.raises(CheckpointError, match="bias"):
-        released.load(model, tmp_path / "less.pth", allow_pickle=True)
+        released_layer.load(model, tmp_path / "less.pth", allow_pickle=True)
 
 
 def test_released_projection_needs_its_layer(tmp_path: Path):
     model = build_model(chiasm.preset("llava-1.5-7b", tiny=True).model)
     with pytest.raises(CheckpointError, match=r"fills the linear layer connectors\.image\.proj"):
-        released.load(model, tmp_path / "any.pth", allow_pickle=True)
+        released_layer.load(model, tmp_path / "any.pth", allow_pickle=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- two levels
@@ -228,9 +231,121 @@ def test_clips_of_instructblip(tmp_path: Path):
     assert (turned - found).abs().max() > 1e-3, "the order of frames must matter"
 
 
+@torch.no_grad()
+def test_folders_of_clips(tmp_path: Path):
+    """``InstructBlipVideo…``: read, asked with a clip of its four frames, written, and read by transformers again."""
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    vocab = len(tokenizer) + 16
+    clip = tokenizer.convert_tokens_to_ids("<video>")
+    config = transformers.InstructBlipVideoConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=LLAMA | {"vocab_size": vocab, "pad_token_id": tokenizer.pad_token_id},
+        num_query_tokens=QUERIES,
+        video_token_index=clip,
+    )
+    theirs = transformers.InstructBlipVideoForConditionalGeneration(config).eval()
+    randomise(theirs)
+    reader = bert_tokenizer()
+    images = transformers.BlipImageProcessorPil(size={"height": 28, "width": 28})
+    for save in (theirs, tokenizer, images):
+        save.save_pretrained(tmp_path / "in")
+    reader.save_pretrained(tmp_path / "in" / "qformer_tokenizer")
+    ours = chiasm.load(tmp_path / "in")
+
+    frames = [photo(61, 37, seed) for seed in range(FRAMES)]
+    question = "what is the short question?"
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": question}]
+    batch = ours.processor.batch([[{"role": "user", "content": content}]], add_generation_prompt=True)
+    ids = [clip] * FRAMES * QUERIES + tokenizer(question).input_ids
+    assert batch.input_ids.tolist() == [ids]
+    read = reader(question, return_tensors="pt")
+    pixels = torch.cat([images(frame, return_tensors="pt").pixel_values for frame in frames])[None]
+    expected = theirs(
+        pixel_values=pixels,
+        qformer_input_ids=read.input_ids,
+        qformer_attention_mask=read.attention_mask,
+        input_ids=torch.tensor([ids]),
+    ).language_model_outputs.logits
+    torch.testing.assert_close(ours.model(batch, logits="all").logits, expected, atol=1e-5, rtol=1e-5)
+
+    ours.export(tmp_path / "out")
+    again = transformers.InstructBlipVideoForConditionalGeneration.from_pretrained(tmp_path / "out")
+    before, after = theirs.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert chiasm.load(tmp_path / "out").config.model.hash() == ours.config.model.hash()
+
+
 def replaced(batch: Batch, pixels: torch.Tensor) -> Batch:
     batch.media["video"].inputs = pixels
     return batch
+
+
+def lavis_names(level: Any, prefix: str, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A query transformer of ours under LAVIS's names, written down from its source."""
+    names = {
+        "attn.q": "attention.self.query",
+        "attn.k": "attention.self.key",
+        "attn.v": "attention.self.value",
+        "attn.out": "attention.output.dense",
+        "attn_norm": "attention.output.LayerNorm",
+        "cross.q": "crossattention.self.query",
+        "cross.k": "crossattention.self.key",
+        "cross.v": "crossattention.self.value",
+        "cross.out": "crossattention.output.dense",
+        "cross_norm": "crossattention.output.LayerNorm",
+        "query_mlp.fc1": "intermediate_query.dense",
+        "query_mlp.fc2": "output_query.dense",
+        "query_norm": "output_query.LayerNorm",
+    }
+    found = {f"{prefix}query_tokens": queries[None]}
+    for name, tensor in level.state_dict().items():
+        if name.startswith("norm."):
+            found[f"{prefix}Qformer.bert.embeddings.LayerNorm.{name[5:]}"] = tensor
+            continue
+        _, number, rest = name.split(".", 2)
+        stem, leaf = rest.rsplit(".", 1)
+        found[f"{prefix}Qformer.bert.encoder.layer.{number}.{names[stem]}.{leaf}"] = tensor
+    return found
+
+
+def test_files_of_video_llama(tmp_path: Path):
+    """BLIP-2's Q-Former into the first level; the released file into the rest; what is not whole is refused."""
+    config = chiasm.preset("video-llama-7b", tiny=True)
+
+    def made(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = build_model(config.model)
+        randomise(model)
+        return model
+
+    source, target = made(1), made(2)
+    theirs, mine = source.connectors["image"], target.connectors["image"]
+    blip2 = lavis_names(theirs.frame, "", theirs.frame_queries)
+    text = {"Qformer.bert.embeddings.word_embeddings.weight": torch.ones(3, 3), "temp": torch.ones(())}
+    torch.save({"model": blip2 | text | {"visual_encoder.cls_token": torch.ones(1)}}, tmp_path / "blip2.pth")
+    clip = mine.clip.state_dict()
+    load_part(target, "connectors.image.frame", tmp_path / "blip2.pth", allow_pickle=True)
+    for name, tensor in theirs.frame.state_dict().items():
+        assert torch.equal(mine.frame.state_dict()[name], tensor)
+    assert torch.equal(mine.frame_queries, theirs.frame_queries)
+    assert all(torch.equal(mine.clip.state_dict()[n], clip[n]) for n in clip), "the second level stays as it was"
+
+    released = lavis_names(theirs.clip, "video_", theirs.queries)
+    released |= {"video_frame_position_embedding.weight": theirs.positions}
+    released |= {"llama_proj.weight": theirs.proj.weight, "llama_proj.bias": theirs.proj.bias}
+    torch.save({"model": released | {"audio_query_tokens": torch.ones(1)}}, tmp_path / "video.pth")
+    load_part(target, "video_llama", tmp_path / "video.pth", allow_pickle=True)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], tensor), name
+    del released["video_query_tokens"]
+    torch.save({"model": released}, tmp_path / "broken.pth")
+    with pytest.raises(CheckpointError, match=r"connectors\.image\.queries"):
+        load_part(target, "video_llama", tmp_path / "broken.pth", allow_pickle=True)
+    other = build_model(chiasm.preset("minigpt-4-vicuna-7b", tiny=True).model)
+    with pytest.raises(CheckpointError, match="fills a connector 'image' of type 'hierarchical'"):
+        load_part(other, "video_llama", tmp_path / "video.pth", allow_pickle=True)
 
 
 # ------------------------------------------------------------------------------------- answers, and what a folder keeps

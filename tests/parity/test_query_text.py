@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_folders import photo
 from query_kit import CONFIG, START, WORDS, K, batch, folder_of_transformers, parts_of, unit
 from torch import Tensor
@@ -102,6 +103,14 @@ def test_a_conversation_gives_the_inputs_of_transformers(theirs: Any):
     torch.testing.assert_close(given.media["image"].inputs, pixels, atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="has no head for words"):
         theirs.vlm.model(given)
+
+
+def test_exported_folder_is_that_of_transformers(theirs: Any, tmp_path: Path):
+    theirs.vlm.export(tmp_path / "out")
+    made = transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "out")
+    before, after = theirs.model.state_dict(), made.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert chiasm.load(tmp_path / "out").config.model.hash() == theirs.vlm.config.model.hash()
 
 
 def test_saved_and_loaded_again(theirs: Any, tmp_path: Path):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chiasm import registry
-from chiasm.checkpoints import halves, minigpt4, openflamingo
+from chiasm.checkpoints import halves, minigpt4, openflamingo, video_llama
 from chiasm.config import PartConfig
 from chiasm.connectors.qformer import QFormer
 from chiasm.convert import maps, maps_blip, maps_towers
@@ -38,9 +38,11 @@ def load_part(model: Fusion, part: str, path: str | Path, allow_pickle: bool = F
     A query transformer may be given in halves: see ``halves``.
     """
     path = Path(path)
-    for whole_file in (openflamingo, minigpt4):
+    for whole_file in (openflamingo, minigpt4, video_llama):
         if part == whole_file.NAME:
             return whole_file.load(model, path, allow_pickle)
+    if part == "connectors.image" + video_llama.FRAME:
+        return video_llama.load_frame(model, path, allow_pickle)
     part, half = halves.split(part)
     config = part_config_of(model.config, part)
     if half and not isinstance(config, QFormer.Config):
@@ -110,7 +112,9 @@ def _rules(part: str, config: PartConfig, values: Any, folder: Path) -> tuple[bo
         return False, prefixed(_language_model(config, read_lm(values), folder), "", "lm."), None
     if part == "encoders.text" and values.get("model_type") == "clip_text_model":
         _agree(config, text_tower(values, str(folder)), part, folder)
-        return False, maps_towers.text_hf(), None
+        rooms = ("embeddings", "encoder", "final_layer_norm")  # transformers 5 writes them without a prefix
+        bare = [Alias(name + ".{rest}", f"text_model.{name}." + "{rest}") for name in rooms]
+        return False, [*bare, *maps_towers.text_hf()], None
     if part.startswith("encoders."):
         return False, prefixed(_tower(config, values, part, folder), "", part + "."), None
     return False, _bare(part, config), None

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -295,11 +296,11 @@ def replaced_folder(folder: str | Path, owned: Sequence[str] = ()) -> Iterator[P
             if stale and old.is_file() and old.name not in kept:
                 old.unlink()
         for path in written:
+            if path.is_dir():  # a tokenizer's own folder: one of the same name is an older export's
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
     finally:
-        for path in aside.iterdir():
-            path.unlink()
-        aside.rmdir()
+        shutil.rmtree(aside)
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:

@@ -45,7 +45,7 @@ def clip_hf() -> list[AnyRule]:
 
 
 def siglip_hf() -> list[AnyRule]:
-    """``SiglipModel``, and a ``Siglip2Model`` of fixed size, ↔ ``dual_tower``. Their scale and bias have shape [1]."""
+    """``SiglipModel`` and ``Siglip2Model`` ↔ ``dual_tower``. Their scale and bias have shape [1]."""
     head, pool = "vision_model.head.", "connectors.image."
     return [
         *text_hf(),
@@ -66,13 +66,20 @@ def clip_openai() -> list[AnyRule]:
     """The state dict of OpenAI's ``CLIP`` with a ViT, and open_clip's of the same names, ↔ ``dual_tower``."""
     return [
         *clip_openai_text(),
-        rename("visual.conv1.weight", IMAGE + "patch.weight"),
-        rename("visual.class_embedding", IMAGE + "cls"),
-        rename("visual.positional_embedding", IMAGE + "positions"),
-        rename("visual.ln_pre.{leaf}", IMAGE + "pre_norm.{leaf}"),
-        *_resblocks("visual.transformer.", IMAGE),
+        *clip_openai_vit("visual.", IMAGE),
         rename("visual.ln_post.{leaf}", IMAGE + "post_norm.{leaf}"),
         transpose("visual.proj", "connectors.image.proj.weight"),
+    ]
+
+
+def clip_openai_vit(theirs: str, ours: str) -> list[AnyRule]:
+    """OpenAI's ViT up to its last block, as LAVIS has it too."""
+    return [
+        rename(theirs + "conv1.weight", ours + "patch.weight"),
+        rename(theirs + "class_embedding", ours + "cls"),
+        rename(theirs + "positional_embedding", ours + "positions"),
+        rename(theirs + "ln_pre.{leaf}", ours + "pre_norm.{leaf}"),
+        *_resblocks(theirs + "transformer.", ours),
     ]
 
 

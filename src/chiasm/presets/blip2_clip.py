@@ -45,7 +45,10 @@ def clip_l() -> ViT.Config:
 
 def _clip(second: object) -> System:
     system = _system(second)  # type: ignore[arg-type]
-    note = "Which of the paper's second stages with this tower were released could not be looked up here."
+    note = (
+        "LAVIS configures the first stage (`blip2_pretrain_vitL`) and the second on Flan-T5-XL "
+        "(`blip2_pretrain_flant5xl_vitL`) with this tower, and none on OPT."
+    )
     return replace(system, choices=(*system.choices, note), verified=(evidence.CLIP, QFORMER, TINY))
 
 

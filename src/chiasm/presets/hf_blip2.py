@@ -1,7 +1,8 @@
-"""Folders of transformers with a BLIP-2 (for writing or for retrieval) or an InstructBLIP.
+"""Folders of transformers with a BLIP-2 (for writing or for retrieval) or an InstructBLIP, also of clips.
 
 Reference: the configuration, processing and model classes of transformers 5.23. Their processors put the picture's
-tokens before the token that opens the text, and know no chat template: the prompt is the user's text.
+tokens before the token that opens the text, and know no chat template: the prompt is the user's text. Of a clip their
+processor takes four frames; a picture of the class for clips is one medium of its own here, there it is repeated.
 """
 
 from __future__ import annotations
@@ -47,26 +48,29 @@ QFORMER = {
     "use_qformer_text_input": False,
 }
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-_TOP = {"num_query_tokens": 32, "image_token_index": None}
+_TOP = {"num_query_tokens": 32, "image_token_index": None, "video_token_index": None}
+KINDS = ("blip-2", "instructblip", "instructblipvideo")
+FRAMES = 4  # of a clip
 
 
 @register("checkpoint", "hf_blip2")
 class HFBlip2(Reader):
-    """``Blip2ForConditionalGeneration`` and ``InstructBlipForConditionalGeneration``, with any language model, and
-    ``Blip2ForImageTextRetrieval``.
+    """``Blip2ForConditionalGeneration``, ``InstructBlip…`` and ``InstructBlipVideoForConditionalGeneration``, with any
+    language model, and ``Blip2ForImageTextRetrieval``.
     """
 
     name = "hf_blip2"
+    layout = "hf"
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """By ``model_type``."""
-        return values.get("model_type") in ("blip-2", "instructblip")
+        return values.get("model_type") in KINDS
 
     def read(self, folder: Path, values: Mapping[str, Any], options: Options) -> Checkpoint:
         """See the contract."""
         where, c = str(folder), _TOP | dict(values)
         weights = open_weights(folder, options.allow_pickle)
-        reads = c["model_type"] == "instructblip"
+        reads, clips = c["model_type"] != "blip-2", c["model_type"] == "instructblipvideo"
         qformer = QFORMER | (c.get("qformer_config") or {})
         vision = VISION | (c.get("vision_config") or {})
         if qformer["use_qformer_text_input"] and not reads:
@@ -82,7 +86,7 @@ class HFBlip2(Reader):
             "encoders": {"image": tower(vision, where)},
             "connectors": {"image": bridge(qformer, c["num_query_tokens"], reads, where)},
             "lm": lm.config,
-            "media": {"image": {"merge": {"type": "flat"}}},
+            "media": {kind: {"merge": {"type": "flat"}} for kind in (("image", "video") if clips else ("image",))},
         }
         processing = processing_of(folder, c, tokenizer, written, options)
         if reads:
@@ -95,6 +99,18 @@ class HFBlip2(Reader):
         check_sizes(config, tokenizer, where)
         bridge_rules = maps_blip.qformer_instruct() if reads else maps_blip.qformer_blip2()
         return Checkpoint(config, weights, rules(vision, bridge_rules, lm.rules), folder)
+
+    def writes(self, config: VLMConfig) -> bool:
+        """Models with one Q-Former."""
+        from chiasm.presets.hf_blip2_export import fits
+
+        return fits(config)
+
+    def write(self, folder: Path, vlm: Any, max_shard: int) -> None:
+        """See the contract."""
+        from chiasm.presets.hf_blip2_export import write
+
+        write(folder, vlm, max_shard)
 
 
 def rules(vision: Mapping[str, Any], qformer: list[AnyRule], lm: list[AnyRule]) -> list[AnyRule]:
@@ -171,17 +187,25 @@ def processing_of(
 ) -> dict[str, Any]:
     """The processing of the folder's processor files."""
     tables, where = processor_values(folder), str(folder)
-    if c["image_token_index"] is None:
+    medium = "video" if c["model_type"] == "instructblipvideo" else "image"
+    index = c[f"{medium}_token_index"]
+    if index is None:
         raise CheckpointError(
-            f"{where}: config.json names no image_token_index, as folders of before transformers 4.46 do; save it "
+            f"{where}: config.json names no {medium}_token_index, as folders of before transformers 4.46 do; save it "
             "again with a newer version, which adds the token"
         )
-    causal = "instructblip" if c["model_type"] == "instructblip" else "blip2_opt"
-    token = tokenizer.token_of(c["image_token_index"]) or ""
-    check_token(tokenizer, token, c["image_token_index"], "image", where)
+    causal = "blip2_opt" if c["model_type"] == "blip-2" else "instructblip"
+    token = tokenizer.token_of(index) or ""
+    check_token(tokenizer, token, index, medium, where)
+    if medium == "image":
+        media: dict[str, Any] = {"image": read_image(tables["image"], token, "BlipImageProcessor", where)}
+    else:
+        table = tables["video"] or tables["image"]
+        frames = read_image(table, None, "InstructBlipVideoVideoProcessor", where)
+        media = {"image": frames, "video": {"type": "video", "placeholder": token, "frames": FRAMES, "image": frames}}
     return {
         "template": options.template or ("blip2_t5" if written else causal),
-        "media": {"image": read_image(tables["image"], token, "BlipImageProcessor", where)},
+        "media": media,
         "padding_side": tokenizer.files.config.get("padding_side", "right"),
         "target": "decoder" if written else "sequence",
         "add_bos": None if written else False,

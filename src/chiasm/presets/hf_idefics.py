@@ -17,6 +17,7 @@ from chiasm.convert.engine import export_tensors
 from chiasm.convert.io import open_weights, write_json, write_weights
 from chiasm.convert.rules import AnyRule, prefixed
 from chiasm.errors import CheckpointError
+from chiasm.fusion.cross_attention import CrossAttention
 from chiasm.lm.decoder import Decoder
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import Provenance, VLMConfig
@@ -72,6 +73,7 @@ class HFIdefics(Reader):
     """``IdeficsForVisionText2Text``, base and instruct."""
 
     name = "hf_idefics"
+    layout = "hf"
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """By ``model_type``."""
@@ -106,6 +108,10 @@ class HFIdefics(Reader):
         check_sizes(config, tokenizer, where)
         weights = open_weights(folder, options.allow_pickle)
         return Checkpoint(config, weights, rules(c, lm_of(c)), folder)
+
+    def writes(self, config: VLMConfig) -> bool:
+        """Models that look at pictures from between the layers of a language model."""
+        return isinstance(config.model, CrossAttention.Config)
 
     def write(self, folder: Path, vlm: Any, max_shard: int) -> None:
         """See the contract. The rows after the first ``vocab_size`` go to the tables of added tokens."""

@@ -68,6 +68,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": [0.5] * 3,
         "resample": 2,
     },
+    "InstructBlipVideoVideoProcessor": {
+        "size": {"height": 384, "width": 384},
+        "do_center_crop": False,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "resample": 3,
+    },
     "LlavaNextVideoVideoProcessor": _CLIP,
     "LlavaOnevisionVideoProcessor": {
         "size": {"height": 384, "width": 384},
@@ -78,6 +85,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _OLD_VIDEO = {
+    "InstructBlipVideoImageProcessor": "InstructBlipVideoVideoProcessor",
     "LlavaNextVideoImageProcessor": "LlavaNextVideoVideoProcessor",
     "LlavaOnevisionVideoProcessor": "LlavaOnevisionVideoProcessor",
 }
@@ -185,6 +193,8 @@ def write_image(config: ImageFrontEnd.Config, kind: str, where: str) -> dict[str
             values["image_processor_type"] = "SiglipImageProcessor"
         elif kind == "IdeficsImageProcessor":
             values["image_size"] = config.size
+        elif kind == "BlipImageProcessor":
+            pass  # a square is all that it knows
         else:
             lost.append("fit='squash'")
     else:

@@ -1,8 +1,9 @@
 """Checkpoints in the layout of LAVIS: BLIP-2 in both stages, InstructBLIP.
 
 Reference: salesforce/LAVIS 506965b, ``blip2_qformer.py``, ``blip2_opt.py``, ``blip2_t5.py``,
-``blip2_vicuna_instruct.py``. A file is a pickle ``{"model": {name: tensor}}`` (or the same names in safetensors) and
-says nothing about its model, so it is read into one that a preset or a configuration has built::
+``blip2_vicuna_instruct.py``; towers ``eva_vit.py``, ``clip_vit.py``. A file is a pickle ``{"model": {name: tensor}}``
+(or the same names in safetensors) and says nothing about its model, so it is read into one that a preset or a
+configuration has built::
 
     vlm = chiasm.build(chiasm.preset("blip2-opt-2.7b"), tokenizer=OPT)
     lavis.load(vlm, "blip2_pretrained_opt2.7b.pth", allow_pickle=True)
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from chiasm.connectors.qformer import QFormer
-from chiasm.convert import maps_blip
+from chiasm.convert import maps_blip, maps_towers
 from chiasm.convert.engine import export_tensors, load_weights
 from chiasm.convert.io import Weights, open_weights
 from chiasm.convert.rules import AnyRule, Tied, prefixed, rename
@@ -37,6 +38,9 @@ from chiasm.presets.checkpoint import Checkpoint, Options, Reader
 from chiasm.presets.hf_parts import write_lm
 from chiasm.registry import register
 
+READ = {"select": "cls_patch", "post_norm": "applied", "layer": -1}  # of both towers
+EVA = {"pre_norm": False, "patch_bias": True, "activation": "gelu"}
+CLIP = {"pre_norm": True, "patch_bias": False, "activation": "quick_gelu"}
 HEADS = ("image_proj.", "text_proj.", "matcher.", "temperature", "words.")
 KINDS = {"opt": "opt", "t5": "t5"}  # transformers' model_type → how LAVIS calls it; any Llama is "llm"
 
@@ -75,8 +79,13 @@ def rules(config: Any) -> list[AnyRule]:
     """The weight rules of a model. Raises CheckpointError that names what LAVIS has no place for."""
     bridge, tower = _parts(config)
     first = isinstance(config, QueryText.Config)
+    ours = "encoders.image."
+    clip = [
+        *maps_towers.clip_openai_vit("visual_encoder.", ours),
+        rename("ln_vision.{leaf}", ours + "post_norm.{leaf}"),
+    ]
     found = [
-        *maps_blip.lavis_tower("encoders.image", tower.dim),
+        *(clip if tower.pre_norm else maps_blip.lavis_tower("encoders.image", tower.dim)),
         *maps_blip.lavis_qformer("connectors.image", bridge.text is not None),
         *maps_blip.lavis_heads(first),
     ]
@@ -88,6 +97,12 @@ def rules(config: Any) -> list[AnyRule]:
         rename(kind + "_proj.{leaf}", "connectors.image.proj.{leaf}"),
         *prefixed(write_lm(config.lm)[1], f"{kind}_model.", "lm."),
     ]
+
+
+def clip_tower() -> list[AnyRule]:
+    """LAVIS's CLIP and the norm that it keeps beside it."""
+    norm = rename("ln_vision.{leaf}", "encoders.image.post_norm.{leaf}")
+    return [*maps_towers.clip_openai_vit("visual_encoder.", "encoders.image."), norm]
 
 
 def kind_of(config: Any) -> str:
@@ -109,9 +124,10 @@ def _parts(config: Any) -> tuple[QFormer.Config, ViT.Config]:
     bridge, tower = config.connectors.get("image"), config.encoders.get("image")
     if not isinstance(bridge, QFormer.Config):
         lost.append(f"a connector of type {getattr(bridge, 'type', None)!r} (it has 'qformer')")
-    published = {"select": "cls_patch", "post_norm": "applied", "pre_norm": False, "patch_bias": True, "layer": -1}
-    if not isinstance(tower, ViT.Config) or any(getattr(tower, k) != v for k, v in published.items()):
-        lost.append("this tower (it has EVA-CLIP: eva_clip_vit_g14)")
+    if not isinstance(tower, ViT.Config) or not any(
+        all(getattr(tower, key) == value for key, value in (READ | kind).items()) for kind in (EVA, CLIP)
+    ):
+        lost.append("this tower (it has EVA-CLIP, eva_clip_vit_g14, and CLIP's ViT-L, blip2_clip.clip_l)")
     if isinstance(config, QueryText.Config) and (not config.writes or config.temperature is not None):
         lost.append("a first stage without a head for words or a learned temperature")
     if lost:

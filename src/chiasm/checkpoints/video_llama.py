@@ -1,0 +1,89 @@
+"""Video-LLaMA's vision branch from files: BLIP-2's Q-Former for its frames, and its own released file.
+
+    weights: {connectors.image.frame: blip2_pretrained_flant5xxl.safetensors}          # where its training begins
+    vlm.load_part("video_llama", "finetune-vicuna7b.pth", allow_pickle=True)           # what it released
+
+Reference: DAMO-NLP-SG/Video-LLaMA 2143b4d ``video_llama.py``. Its file holds, under ``model``, the frame positions, the
+second level (``video_Qformer``, ``video_query_tokens``) and ``llama_proj``; the first level is the Q-Former of BLIP-2's
+Flan-T5-XXL, in LAVIS's names. The rest of such files (their language model, the audio branch) has no place here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from chiasm.connectors.hierarchical import Hierarchical
+from chiasm.convert import maps_blip
+from chiasm.convert.engine import load_weights
+from chiasm.convert.io import open_weights
+from chiasm.convert.rules import AnyRule, Drop, Plan, Rule, rename
+from chiasm.errors import CheckpointError
+
+NAME, FRAME = "video_llama", ".frame"
+HERE = "connectors.image."
+LEVELS = {  # a query transformer of LAVIS, called X, ↔ a level
+    "frame": {"X.queries": HERE + "frame_queries", "X.body.": HERE + "frame."},
+    "clip": {"X.queries": HERE + "queries", "X.body.": HERE + "clip."},
+}
+ELSEWHERE = "belongs to a part that this model does not have, or that is read from its own folder"
+
+
+def of_level(level: str, theirs: str = "", queries: str = "query_tokens") -> list[AnyRule]:
+    """The rules of one level, whose names in the file are LAVIS's with ``theirs`` before them (``video_Qformer``)."""
+    found: list[AnyRule] = []
+    for rule in maps_blip.lavis_qformer("X", False):
+        if isinstance(rule, Drop):
+            found.append(Drop(theirs + rule.theirs, rule.why))
+            continue
+        assert isinstance(rule, Rule)
+        own = tuple(_placed(name, LEVELS[level]) for name in rule.ours)
+        source = tuple(queries if name == "query_tokens" else theirs + name for name in rule.theirs)
+        found.append(replace(rule, theirs=source, ours=own))
+    return found
+
+
+def load_frame(model: Any, path: Path, allow_pickle: bool = False) -> Plan:
+    """Fill the first level from a file of BLIP-2 in LAVIS's names. Raises CheckpointError."""
+    _checked(model, path)
+    rules = [*of_level("frame"), *maps_blip.lavis_heads(False)]
+    return load_weights(
+        model, open_weights(path, allow_pickle), rules, part=tuple(LEVELS["frame"].values()), others=True
+    )
+
+
+def load(model: Any, path: Path, allow_pickle: bool = False) -> Plan:
+    """Fill what Video-LLaMA trains, and the first level where the file holds it. Raises CheckpointError."""
+    _checked(model, path)
+    weights = open_weights(path, allow_pickle)
+    part = [*LEVELS["clip"].values(), HERE + "positions", HERE + "proj."]
+    rules = [
+        *of_level("clip", "video_", "video_query_tokens"),
+        rename("video_frame_position_embedding.weight", HERE + "positions"),
+        rename("llama_proj.{leaf}", HERE + "proj.{leaf}"),
+        *of_level("frame"),
+        *maps_blip.lavis_heads(False),
+        *(Drop("video_Qformer.cls.{rest}" if n else "video_Qformer.bert.pooler.{rest}", ELSEWHERE) for n in (0, 1)),
+        *(Drop(name + ".{rest}", ELSEWHERE) for name in ("llama_model", "visual_encoder", "ln_vision")),
+        *(Drop(name, ELSEWHERE) for name in ("audio_{rest}", "llama_proj_{rest}")),
+    ]
+    if "query_tokens" in weights.info:
+        part += LEVELS["frame"].values()
+    return load_weights(model, weights, rules, part=tuple(part))
+
+
+def _placed(name: str, table: dict[str, str]) -> str:
+    for old, new in table.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    raise KeyError(name)
+
+
+def _checked(model: Any, path: Path) -> None:
+    connectors = getattr(model, "connectors", {})
+    if "image" not in connectors or not isinstance(connectors["image"], Hierarchical):
+        raise CheckpointError(
+            f"{path}: a Video-LLaMA file fills a connector 'image' of type 'hierarchical', which this model does not "
+            "have; build video-llama-7b or video-llama-13b"
+        )
