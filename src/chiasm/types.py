@@ -173,6 +173,16 @@ class MediaItem:
 
 
 @dataclass
+class Answers:
+    """Different answers of several people to the questions of a batch, padded on the right."""
+
+    ids: Tensor  # [A, S] long, with the tokens that open and end a text
+    mask: Tensor  # [A, S] bool
+    shares: Tensor  # [A] of the people who gave this answer, 0 to 1
+    owners: Tensor  # [A] long: the row of the question
+
+
+@dataclass
 class Sample:
     """A rendered conversation."""
 
@@ -185,6 +195,7 @@ class Sample:
     scores: Tensor | None = None  # [C] how right each label is, for models that classify
     masked_ids: Tensor | None = None  # [T] long: input_ids with hidden words, for objectives that fill them
     masked: Tensor | None = None  # [T] bool: which are hidden
+    answers: Answers | None = None  # for models that write them; all are this sample's
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -231,6 +242,7 @@ class Batch:
     scores: Tensor | None = None  # [B, C] how right each label is
     masked_ids: Tensor | None = None  # [B, T] long: input_ids with hidden words
     masked: Tensor | None = None  # [B, T] bool: which are hidden
+    answers: Answers | None = None  # what people answered, for models that write answers
 
     def to(self, device: Any, dtype: Any = None) -> Batch:
         """A copy on ``device``; floating media tensors also change to ``dtype``."""
@@ -265,6 +277,7 @@ class Batch:
             None if self.scores is None else self.scores.to(device),
             move(self.masked_ids),
             move(self.masked),
+            None if self.answers is None else Answers(*(x.to(device) for x in vars(self.answers).values())),
         )
 
     def label_positions(self) -> Tensor:

@@ -106,9 +106,9 @@ def made(copies: bool = False, **options: Any) -> tuple[ALBEF, Theirs]:
                 tensors[name] = tensors[name.replace(f"layer.{layer}.", f"layer.{layer + 1}.")]
     if "temp" in tensors:
         tensors["temp"] = torch.tensor(0.2)
-    if copies:
+    if "image_queue" in tensors:
         tensors["queue_ptr"] = torch.zeros(1, dtype=torch.long)
-    for mark in ("text_encoder", "text_encoder_m", "text_decoder"):
+    for mark in ("text_encoder", "text_encoder_m", "text_decoder", "text_decoder_m"):
         if f"{mark}.cls.predictions.bias" in tensors:
             tensors[f"{mark}.cls.predictions.decoder.bias"] = tensors[f"{mark}.cls.predictions.bias"]
             tensors[f"{mark}.cls.predictions.decoder.weight"] = tensors[

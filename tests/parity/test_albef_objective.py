@@ -119,7 +119,7 @@ def test_alpha_grows_and_the_temperature_is_held(monkeypatch: pytest.MonkeyPatch
     seen: list[float] = []
     real = momentum.losses
     monkeypatch.setattr(
-        momentum, "losses", lambda m, b, alpha, learns: (seen.append(alpha), real(m, b, alpha, learns))[1]
+        momentum, "losses", lambda m, b, alpha, *rest: (seen.append(alpha), real(m, b, alpha, *rest))[1]
     )
     model, _ = model_and_formulas()
     with torch.no_grad():

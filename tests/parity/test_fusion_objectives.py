@@ -21,6 +21,7 @@ from chiasm.fusion.single_stream import SingleStream
 from chiasm.train.objectives import objective, pretraining
 from chiasm.train.objectives.masked_data import ProjectionConfig, RandomProjection, blocks
 from chiasm.train.objectives.matching import half_wrong
+from chiasm.train.objectives.ranking import others
 from chiasm.train.objectives.word_patch import distances, inside, plan
 from chiasm.types import Batch, Layout, MediaBatch
 from parity.weights import randomise
@@ -251,3 +252,32 @@ def test_classes() -> None:
     data.scores = None
     with pytest.raises(DataError, match=r"sample 's0': has no answer to learn: set processing\.labels"):
         objective("classes")(model, data)
+
+
+def test_ranking_is_the_own_text_among_others() -> None:
+    """Cross-entropy over the own text and wrong ones; a text of equal tokens is none of those."""
+    model, data = vilt(rank=True, match=True), batch()
+    data.input_ids[3, :] = data.input_ids[0]
+    data.segment_ids[3, :] = data.segment_ids[0]
+    data.positions[3, :] = data.positions[0]
+    words, pictures = model.read(data)
+    loss = objective({"type": "ranking", "wrong": 2})(model, data)
+    assert loss.weight == 4
+    model = model.double()
+    pictures[0].pixels = pictures[0].pixels.double()
+    scores = torch.stack(
+        [model.rank(model.joint(words.pick(torch.tensor([t] * 4)), pictures[0])) for t in range(4)], 1
+    ).detach()  # [pictures, texts]
+    possible = []
+    for b, wrong in enumerate(([1, 2], [0, 2, 3], [0, 1, 3], [1, 2])):
+        pairs = [[x, y] for x in wrong for y in wrong if x < y]
+        possible.append([float(-scores[b, [b, *pair]].log_softmax(0)[0]) for pair in pairs])
+    sums = [w + x + y + z for w in possible[0] for x in possible[1] for y in possible[2] for z in possible[3]]
+    assert min(abs(float(loss.total.detach()) - s) for s in sums) < 1e-5
+    rows, allowed = others(torch.tensor([7, 8, 9, 7]), 3)
+    assert rows[:, 0].tolist() == [0, 1, 2, 3] and allowed.sum(1).tolist() == [3, 4, 4, 3]
+    assert {*rows[0][allowed[0]].tolist()} == {0, 1, 2} and {*rows[1][allowed[1]].tolist()} == {0, 1, 2, 3}
+    with pytest.raises(ConfigError, match=r"set model\.tasks\.rank"):
+        objective("ranking")(Multiway(Multiway.Config.parse(SMALL | {"text_positions": 9})), data)
+    with pytest.raises(DataError, match="micro-batch, which holds 1"):
+        objective("ranking")(vilt(rank=True, match=True), batch(1))

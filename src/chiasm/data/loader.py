@@ -125,7 +125,8 @@ class Renderer:
         """One example with its targets. Raises DataError that names it."""
         example = with_answer(example) if example.answers else example
         config = getattr(self.processor, "config", None)
-        said = {"answers": example.answers} if getattr(config, "labels", ()) else {}
+        told = getattr(config, "labels", ()) or getattr(config, "answers", False)
+        said = {"answers": example.answers} if told else {}
         sample = self.processor(list(example.messages), id=example.id, train=True, max_length=self.max_length, **said)
         sample.source = example.source
         beside = self.processor.template.beside  # pairs are compared: no token is a target

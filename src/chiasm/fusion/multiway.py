@@ -260,6 +260,12 @@ class Multiway(PairModel):
             found += [joint.hidden[:, 0], joint.hidden[:, joint.words.start]]  # [B, D] each
         return self.classifier(torch.cat(found, dim=1))
 
+    def classify(self, batch: Batch) -> Tensor:
+        """Scores of the classes ``[B, C]``; with a head over pictures alone no text is read."""
+        if self.picture_classifier is not None:
+            return self.picture_logits(pictures_of(batch, 1)[0])
+        return super().classify(batch)
+
     def picture_logits(self, pictures: Pictures) -> Tensor:
         """Scores of a picture's own classes ``[B, C]``: the mean of its patches, normed."""
         if self.picture_classifier is None or self.picture_norm is None:

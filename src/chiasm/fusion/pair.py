@@ -86,6 +86,11 @@ class PairModel(Fusion):
 
     config: PairConfig
     recompute = False  # training: each block's inner states are computed again on the way back, not kept
+    bias: Tensor | None = None  # what is added to scaled cosines: SigLIP has it, none of these
+
+    def scale_bounds(self) -> dict[str, tuple[float, float]]:
+        """Of models that compare vectors: none is held by the loop (ALBEF's loss holds its own)."""
+        return {}
 
     # ---------------------------------------------------------------------------------------------- to implement
 

@@ -178,6 +178,11 @@ class SingleStream(PairModel):
             raise ConfigError(lacks(self, "masked words", "tasks.words"))
         return self.word_scores(states)
 
+    def after_start(self, fresh: set[str]) -> None:
+        """Called when a trained model's tensors were read and those in ``fresh`` were not."""
+        if "rank_score.weight" in fresh and self.match_scores is not None and "match_scores.weight" not in fresh:
+            self.start_ranking()
+
     def start_ranking(self) -> None:
         """Give the retrieval head the matching head's weights for "matches", as ViLT does before fine-tuning."""
         if self.rank_score is None or self.match_scores is None:

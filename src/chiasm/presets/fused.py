@@ -174,11 +174,12 @@ def _config(
     model: dict[str, Any],
     picture: dict[str, Any],
     length: int,
-    asks: bool,
+    asks: bool | str,
     masking: dict[str, Any] | None,
     clean: str = "none",
 ) -> VLMConfig:
-    template = {"type": "pair", "length": length, "read": "user" if asks else "last", "clean": clean}
+    reads = asks if isinstance(asks, str) else "user" if asks else "last"
+    template = {"type": "pair", "length": length, "read": reads, "clean": clean}
     processing = {"template": template, "media": {"image": picture}, "masking": masking}
     return VLMConfig.parse({"model": model, "processing": processing})
 
@@ -252,7 +253,8 @@ def _beit3(net: str, task: str) -> VLMConfig:
         model |= {"tasks": TASKS[task], "images": 2 if task == "nlvr2" else 1, "last_norm": task != "vqa"}
     shares = {"pretrained": 0.5, "captions": 0.7}
     masking = {"share": shares[task], "token": "<mask>", "whole_words": False, "last": True} if task in shares else None
-    return _config(model, _picture(size), 32 if task == "captions" else 64, task in ("vqa", "nlvr2"), masking)
+    reads: bool | str = "none" if task == "imagenet" else task in ("vqa", "nlvr2")
+    return _config(model, _picture(size), 32 if task == "captions" else 64, reads, masking)
 
 
 # ----------------------------------------------------------------------------------------------------------- presets

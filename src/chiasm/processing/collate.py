@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from chiasm.errors import DataError
+from chiasm.processing.labels import joined
 from chiasm.types import Batch, Condition, MediaBatch, MediaItem, Sample
 
 
@@ -73,7 +74,7 @@ def _batch(
     labelled = bool(mask.any()) or target_ids is not None
     names, sources = [s.id for s in samples], [s.source for s in samples]
     batch = Batch(ids, positions, segments, mask, media, names, target_ids, target_mask, sources, labelled)
-    batch.scores = _scores(samples)
+    batch.scores, batch.answers = _scores(samples), joined(samples)
     batch.masked_ids, batch.masked = _masked(samples, places, ids)
     return batch
 

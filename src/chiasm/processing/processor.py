@@ -22,7 +22,7 @@ from chiasm.processing.box import BoxFormat, region_of, seen_regions
 from chiasm.processing.collate import collate, pack
 from chiasm.processing.cut import check_answers, cut
 from chiasm.processing.jinja import JinjaConfig, resolved
-from chiasm.processing.labels import scores
+from chiasm.processing.labels import tell
 from chiasm.processing.masking import Masker, Masking
 from chiasm.processing.messages import parse
 from chiasm.processing.template import Template
@@ -68,6 +68,7 @@ class ProcessingConfig(Config):
     stop_strings: tuple[str, ...] = ()  # further strings that generation stops on
     max_media: int | None = Field(default=None, ge=0)  # media of a conversation, shots included; more are refused
     labels: tuple[str, ...] = ()  # the answers of a model that classifies, in the order of its classes
+    answers: bool = False  # what people answered goes along as tokens, for a model that writes answers
     masking: Masking | None = None  # words hidden in training, for objectives that fill them
 
 
@@ -131,7 +132,7 @@ class Processor:
     ) -> Sample:
         """One conversation → ``Sample``: ``input_ids [T]``, ``loss_mask [T]``, media with slots.
 
-        ``answers`` are what several people answered, for a model that classifies (``labels``).
+        ``answers`` are what several people answered (``labels``, ``answers``).
 
         Raises DataError that names the sample; ConfigError where ``train`` is asked of a template that ends answers
         with nothing generation stops on.
@@ -155,8 +156,7 @@ class Processor:
         sample = self._sample(id, pieces, items, target)
         limit = max_length if max_length is not None else self.config.max_length
         sample = cut(sample, limit, train, prompt=add_generation_prompt)
-        if self.config.labels:
-            sample.scores = scores(self.config.labels, parsed, answers, f"sample {id!r}")
+        tell(sample, self.config, self.tokenizer, parsed, answers)
         if hide and self._masker is not None:
             sample.masked_ids, sample.masked = self._masker(sample.input_ids)
         return sample

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.train.plan import Plan, part_of
 from chiasm.train.recipe import ModelSpec
+from chiasm.train.start import begin
 
 
 def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
@@ -25,10 +28,11 @@ def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
     if len(given) != 1:
         raise ConfigError(f"model: give exactly one of preset, folder and config, got {', '.join(given) or 'none'}")
     if spec.folder is not None:
-        if spec.overrides or spec.weights or spec.tokenizer or spec.instruction_tokenizer or spec.controls:
+        whole = ("overrides", "weights", "tokenizer", "instruction_tokenizer", "controls", "start", "labels")
+        if any(getattr(spec, name) for name in whole):
             raise ConfigError(
-                "model.folder holds configuration, weights and tokenizer; overrides, weights, tokenizer and controls "
-                "belong to a model that is built: give preset or config"
+                "model.folder holds configuration, weights and tokenizer; overrides, weights, tokenizer, controls, "
+                "labels and start belong to a model that is built: give preset or config"
             )
         return vlm.load(spec.folder, dtype=torch.float32, device=device)
     config = built_config(spec)
@@ -36,7 +40,10 @@ def open_model(spec: ModelSpec, seed: int, device: str) -> Any:
         raise ConfigError("model.tokenizer is missing; name a folder that holds tokenizer.json or tokenizer.model")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return vlm.build(config, device=device, dtype=torch.float32, tokenizer=_tokenizer(spec, config.tokenizer))
+        made = vlm.build(config, device=device, dtype=torch.float32, tokenizer=_tokenizer(spec, config.tokenizer))
+    if spec.start is not None:
+        begin(made.model, spec.start)
+    return made
 
 
 def _tokenizer(spec: ModelSpec, folder: str) -> Tokenizer | None:
@@ -60,8 +67,21 @@ def built_config(spec: ModelSpec) -> VLMConfig:
     changes: dict[str, Any] = dict(spec.overrides)
     if spec.tokenizer is not None:
         changes["tokenizer"] = spec.tokenizer
+    if spec.labels is not None:
+        changes["processing.labels"] = _labels(Path(spec.labels))
     config = config.edit(**changes)
     return config.model_copy(update={"weights": config.weights | spec.weights})
+
+
+def _labels(file: Path) -> list[str]:
+    """The texts of a JSON list. Raises ConfigError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.labels: {file} is no JSON file ({error}); write a list of texts") from error
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):
+        raise ConfigError(f"model.labels: {file} must hold a list of texts, each of them once")
+    return found
 
 
 def random_parts(spec: ModelSpec, model: nn.Module) -> set[str]:
@@ -69,7 +89,8 @@ def random_parts(spec: ModelSpec, model: nn.Module) -> set[str]:
     if spec.folder is not None:
         return set()
     given = {name.removesuffix(".query_half") for name in built_config(spec).weights}  # the other half is text's
-    parts = {part_of(name) for name, _ in model.named_parameters()}
+    drawn = spec.start.is_fresh if spec.start is not None else lambda name: True
+    parts = {part_of(name) for name, _ in model.named_parameters() if drawn(name)}
     return {p for p in parts if not any(p == g or p.startswith(g + ".") for g in given)}
 
 

@@ -14,6 +14,7 @@ from chiasm.data.quarantine import HELD_OUT, BadPolicy, BadSamples, Quarantine
 from chiasm.errors import ConfigError, nearest
 from chiasm.train.plan import PLANS, Action, check_action
 from chiasm.train.sinks import LogSpec
+from chiasm.train.start import Start
 
 
 class ModelSpec(Config):
@@ -30,6 +31,8 @@ class ModelSpec(Config):
     weights: dict[str, str] = Field(
         default_factory=dict
     )  # part ("lm", "encoders.image") → folder its weights are loaded from
+    start: Start | None = None  # a trained model whose tensors this one begins with, heads apart
+    labels: str | None = None  # a JSON list of texts for processing.labels: the answers, in the order of the classes
 
 
 class Stage(Config):

@@ -42,6 +42,7 @@ from chiasm.types import Batch, Condition, Tokens
 class Stage1Config(ObjectiveConfig):
     """``contrast``, ``match``, ``write``: weights of the tasks, 0 leaves one out. ``smoothing`` is that of labels.
 
+    ``hardness`` multiplies the similarities that wrong pairs are drawn by: 1 as published, 0 draws them evenly.
     ``chunk``: pairs whose matching is computed together, and computed again in the backward pass; None: all at once.
     """
 
@@ -51,6 +52,7 @@ class Stage1Config(ObjectiveConfig):
     write: float = Field(default=1.0, ge=0)
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     negatives: Literal["distinct", "all"] = "distinct"
+    hardness: float = Field(default=1.0, ge=0)
     targets: Literal["pairs", "pictures"] = "pairs"
     chunk: int | None = Field(default=None, gt=0)
 
@@ -143,8 +145,9 @@ class Stage1(StepObjective):
         if self.config.negatives == "distinct":
             allowed = allowed & ~alike(step.keys, step.all_keys)
         salt = step.all_keys.sum()  # of all samples, in whatever order
-        texts = draw(step.to_texts, allowed, step.keys[:, 0], step.all_keys[:, 1], salt)
-        images = draw(step.to_images, allowed, step.keys[:, 1], step.all_keys[:, 0], salt)
+        hard = self.config.hardness
+        texts = draw(hard * step.to_texts, allowed, step.keys[:, 0], step.all_keys[:, 1], salt)
+        images = draw(hard * step.to_images, allowed, step.keys[:, 1], step.all_keys[:, 0], salt)
         return texts, images, allowed.any(dim=1)
 
     def _match(self, step: Step, texts: Tensor, images: Tensor, there: Tensor) -> tuple[Tensor, Tensor, int]:

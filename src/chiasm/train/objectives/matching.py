@@ -64,7 +64,7 @@ def matched(logits: Tensor, right: Tensor, samples: int) -> Loss:
 def half_wrong(model: PairModel, words: Words, pictures: Pictures) -> tuple[Joint, Tensor]:
     """Joint states where every other sample, in an order drawn anew, has the picture of another; which are right."""
     count = len(words.ids)
-    _several(count)
+    several(count)
     right = torch.zeros(count, dtype=torch.bool)
     right[: count // 2] = True
     right = right[torch.randperm(count)]  # [B]
@@ -82,21 +82,26 @@ def with_hard(model: PairModel, words: Words, pictures: Pictures, scores: Tensor
     return model.match_logits(joint), torch.arange(len(texts), device=scores.device) < len(own)
 
 
-def hard_negatives(images: Tensor, texts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def hard_negatives(images: Tensor, texts: Tensor | None = None, never: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A wrong picture for each text ``[B]`` and a wrong text for each picture ``[B]``.
 
     ``images [B, B]`` scores all pictures with all texts, ``texts [B, B]`` all texts with all pictures (None: the same).
+    ``never [B, B]`` are not drawn, unless a row has no other.
     """
-    _several(len(images))
+    several(len(images))
 
     def drawn(rows: Tensor) -> Tensor:
-        shares = rows.float().softmax(1) + 1e-4
-        return torch.multinomial(shares.fill_diagonal_(0), 1)[:, 0]
+        shares = (rows.float().softmax(1) + 1e-4).fill_diagonal_(0)
+        if never is not None:
+            allowed = shares.masked_fill(never, 0)
+            shares = torch.where(allowed.sum(1, keepdim=True) > 0, allowed, shares)
+        return torch.multinomial(shares, 1)[:, 0]
 
     return drawn(images.T if texts is None else texts), drawn(images)
 
 
-def _several(count: int) -> None:
+def several(count: int) -> None:
+    """Raises DataError unless a micro-batch of ``count`` samples has others to compare with."""
     if count < 2:
         raise DataError(
             f"matching compares a sample with others of its micro-batch, which holds {count}; set batch_size to at "

@@ -26,6 +26,7 @@ from chiasm.fusion.albef import ALBEF
 from chiasm.fusion.pair import Words
 from chiasm.registry import register
 from chiasm.train.objectives.base import Loss, ObjectiveConfig
+from chiasm.train.objectives.contrastive import picture_keys
 from chiasm.train.objectives.masked_words import hidden_words
 from chiasm.train.objectives.matching import hard_negatives
 from chiasm.types import Batch
@@ -35,12 +36,13 @@ COLDEST, WARMEST = 0.001, 0.5
 
 class AlbefConfig(ObjectiveConfig):
     """``alpha``: the follower's share in the targets, reached after ``ramp`` micro-batches, linearly from 0 (ALBEF: 0.4
-    after the first epoch).
+    after the first epoch). ``words`` false: without masked words (fine-tuning for retrieval).
     """
 
     type: str = "albef"
     alpha: float = Field(default=0.4, ge=0, le=1)
     ramp: int = Field(default=0, ge=0)
+    words: bool = True
 
 
 @register("objective", "albef")
@@ -54,20 +56,20 @@ class AlbefLoss:
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
         """The sum over samples. Raises ConfigError for a model without follower, queues, or one of the heads."""
-        if not isinstance(model, ALBEF) or model.follower is None:
+        if not isinstance(model, ALBEF) or model.follower is None or model.temperature is None:
             raise ConfigError(f"objective 'albef' trains an albef model with momentum, got {model.config.type}")
         learns = model.training and torch.is_grad_enabled()
         alpha = self.config.alpha
         if self.config.ramp:
             alpha *= min(1.0, float(model.followed) / self.config.ramp)
-        parts = losses(model, batch, alpha, learns)
+        parts = losses(model, batch, alpha, learns, self.config.words)
         count = len(batch.input_ids)
         logged = {name: (part.detach() * count, count) for name, part in parts.items()}
         return Loss(torch.stack(list(parts.values())).sum() * count, count, logged)
 
 
-def losses(model: ALBEF, batch: Batch, alpha: float, learns: bool) -> dict[str, Tensor]:
-    """``contrast``, ``matching`` and ``words``, each a mean ``[]``, in the reference's order."""
+def losses(model: ALBEF, batch: Batch, alpha: float, learns: bool, fills: bool = True) -> dict[str, Tensor]:
+    """``contrast``, ``matching`` and (``fills``) ``words``, each a mean ``[]``, in the reference's order."""
     follower, body = model.follower, model.body
     assert follower is not None and model.temperature is not None
     if learns:
@@ -81,17 +83,32 @@ def losses(model: ALBEF, batch: Batch, alpha: float, learns: bool) -> dict[str, 
         image_m, text_m = follower.image_states(pictures[0]), follower.text_states(words)
         vectors_m = follower.image_vectors(image_m), follower.text_vectors(text_m)  # [B, E] each
     vectors = body.image_vectors(image), body.text_vectors(text)
-    contrast, scores = contrasted(model, vectors, vectors_m, alpha)
+    keys = picture_keys(batch) if model.config.momentum and model.config.momentum.pictures else None  # [B]
+    right = same_picture(model, keys)  # [B, B + Q]
+    contrast, scores = contrasted(model, vectors, vectors_m, alpha, right)
     if learns:
-        model.enqueue(*vectors_m)
-    hidden = words_part(model, batch, words, image, image_m, alpha)
-    return {"contrast": contrast, "matching": matching_part(model, words, text, image, scores), "words": hidden}
+        model.enqueue(*vectors_m, keys)
+    twins = None if right is None else right[:, : len(image)]  # [B, B]
+    found = {"contrast": contrast, "matching": matching_part(model, words, text, image, scores, twins)}
+    return found | ({"words": words_part(model, batch, words, image, image_m, alpha)} if fills else {})
+
+
+def same_picture(model: ALBEF, keys: Tensor | None) -> Tensor | None:
+    """``keys [B]`` of pictures → which of the batch and the queue ``[B, B + Q]`` have that picture; None: unasked."""
+    return None if keys is None else keys[:, None] == torch.cat((keys, model.queue_keys))
 
 
 def contrasted(
-    model: ALBEF, vectors: tuple[Tensor, Tensor], taught: tuple[Tensor, Tensor], alpha: float
+    model: ALBEF,
+    vectors: tuple[Tensor, Tensor],
+    taught: tuple[Tensor, Tensor],
+    alpha: float,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss ``[]``, and the scores of the batch's pictures among its texts, and the other way round, ``[B, B]``."""
+    """The loss ``[]``, and the scores of the batch's pictures among its texts, and the other way round, ``[B, B]``.
+
+    ``right [B, B + Q]`` share the hard targets alike; None: each sample's own is the only one.
+    """
     count = len(vectors[0])
     columns = torch.cat((taught[1], model.text_queue)), torch.cat((taught[0], model.image_queue))  # [B + Q, E] each
     parts, scores = [], []
@@ -99,16 +116,26 @@ def contrasted(
         logits = model.scale() * vectors[side] @ columns[side].T  # [B, B + Q]
         with torch.no_grad():
             soft = (model.scale() * taught[side] @ columns[side].T).softmax(1)
-            hard = torch.zeros_like(soft).fill_diagonal_(1)
+            hard = torch.zeros_like(soft).fill_diagonal_(1) if right is None else right / right.sum(1, keepdim=True)
             targets = alpha * soft + (1 - alpha) * hard
         parts.append(-(logits.log_softmax(1) * targets).sum(1).mean())
         scores.append(logits[:, :count].detach())
     return (parts[0] + parts[1]) / 2, (scores[0], scores[1])
 
 
-def matching_part(model: ALBEF, words: Words, text: Tensor, image: Tensor, scores: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy ``[]`` over right pairs and hard wrong ones, fused from the states that are there already."""
-    wrong_image, wrong_text = hard_negatives(*scores)
+def matching_part(
+    model: ALBEF,
+    words: Words,
+    text: Tensor,
+    image: Tensor,
+    scores: tuple[Tensor, Tensor],
+    twins: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy ``[]`` over right pairs and hard wrong ones, fused from the states that are there already.
+
+    ``twins [B, B]``: samples of one picture, none of which is wrong for the other.
+    """
+    wrong_image, wrong_text = hard_negatives(*scores, *([] if twins is None else [twins]))
     own = torch.arange(len(text), device=text.device)
     texts, images = torch.cat((own, own, wrong_text)), torch.cat((own, wrong_image, own))
     fused = model.body.fuse(text[texts], words.mask[texts], [image[images]])  # [3 B, T, D]
