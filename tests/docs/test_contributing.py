@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import chiasm
 from chiasm import registry
 from chiasm.types import Count, Tokens
 
@@ -32,3 +33,6 @@ def test_the_printed_connector_works(monkeypatch):
     assert config.count(Count(4, (2, 2))) == Count(4, (2, 2))
     tokens.x.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
+    for name in ("gated_linear", "printed_connector:GatedLinear"):
+        whole = chiasm.preset("llava-1.5-7b", tiny=True).edit(**{"model.connectors.image": {"type": name}})
+        assert type(chiasm.build(whole).model.connectors["image"]) is cls

@@ -54,7 +54,7 @@ def check_stream(model: Any, kind: str, shape: tuple[int, ...]) -> None:
     if stream.pool and stream.pool_at == "before":
         features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
     connector = model.connectors[stream.connector]
-    cond = blank_condition(1, model.device) if connector.config.conditioned else None
+    cond = blank_condition(1, model.device) if config.connectors[stream.connector].conditioned else None
     tokens = connector(features if len(features) > 1 else next(iter(features.values())), cond)
     if stream.pool and stream.pool_at == "after":
         tokens = stream.pool.apply(tokens)
