@@ -4,7 +4,8 @@ OpenFlamingo (open_flamingo 655f693): F1 text before a picture looks at later on
 is of a lower type; F3 gradients are clipped before they are whole; F4 weight decay reaches gates and norms; F5 newer
 towers hand over patches after their last norm; F6 one inner width whatever the language model; F7 pictures are mirrored
 though texts name sides. transformers: H5 labels crash with added tokens; H6 positions without a picture get a mixture.
-F3 is shown to be absent by ``tests/recipes/test_loop.py``: accumulated micro-batches equal one batch, clipped once.
+F3 is tested in ``tests/recipes/test_loop.py``: clipped once and whole, and a loss that is no number stops a run; the
+masks of F4, which here are parameters of their own, in ``tests/recipes/test_rows.py``.
 F1 and H6 are also tested in every configuration in ``test_cross_attention.py``; H5 by the gradients of
 ``test_idefics_hf.py``, whose models have added tokens.
 """
@@ -13,16 +14,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hf_folders import photo
+from PIL.Image import Transpose
 
 from chiasm.compose import build_model
 from chiasm.connectors.resampler import Resampler
 from chiasm.errors import DataError
 from chiasm.fusion.gated import BlockConfig, GatedBlock, Sight
 from chiasm.presets import preset
+from chiasm.processing.base import Place
 from chiasm.processing.collate import collate
+from chiasm.processing.image import ImageFrontEnd
 from chiasm.train.optim import Masters, optimizer
 from chiasm.train.plan import resolve
-from chiasm.types import Layout, MediaItem, Sample, Tokens
+from chiasm.types import Image, Layout, MediaItem, Sample, Tokens
 
 
 def batch_of(*ids: int, picture_at: int | None = 0):
@@ -86,10 +91,16 @@ def test_f6_inner_width_is_a_choice():
     assert flamingo.q.out_features == 512 and idefics.q.out_features == 4096
 
 
-def test_f7_pictures_are_not_mirrored(model):
-    """The front end is the same in training and in use: it has no option that changes sides."""
-    front = preset("openflamingo-9b").processing.media["image"]
+@pytest.mark.parametrize("name", ["openflamingo-9b", "blip2-opt-2.7b", "minigpt-4-vicuna-7b"])
+def test_f7_pictures_are_not_changed_by_chance(name: str):
+    """The front end is the same in training and in use; LAVIS also draws other changes for one of two sources (B11)."""
+    front = preset(name).processing.media["image"]
     assert not {"flip", "mirror", "augment"} & set(type(front).model_fields)
+    made, picture = ImageFrontEnd(front), photo(60, 40, 1)
+    found = [made(Image(picture), Place("x", 0, 1)).inputs for _ in range(3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    turned = made(Image(picture.transpose(Transpose.FLIP_LEFT_RIGHT)), Place("x", 0, 1)).inputs
+    assert (turned - found[0]).abs().max() > 0.1, "a mirrored picture would be seen"
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ import transformers
 from hf_folders import photo, small_tokenizer
 
 import chiasm
+from chiasm.compose import build_model
 from chiasm.errors import CheckpointError
+from chiasm.vlm import VLM
 
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 VISION = {
@@ -330,5 +332,7 @@ def test_what_is_refused(made: Any, ours: Any, tmp_path: Path):
         path.write_text(json.dumps({**values, **changes}))
         with pytest.raises(CheckpointError, match=message):
             chiasm.load(tmp_path / "copy")
-    with pytest.raises(CheckpointError, match="'cross_attention' has no class"):
-        ours.export(tmp_path / "llava", format="hf")
+    odd = ours.config.edit(**{"model.attend": "all"})  # the class looks at the last picture only
+    other = VLM(odd, build_model(odd.model), ours.processor)
+    with pytest.raises(CheckpointError, match=r"no counterpart of: attend is 'all', there 'last'"):
+        other.export(tmp_path / "odd", format="hf")

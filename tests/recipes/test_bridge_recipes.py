@@ -16,6 +16,7 @@ import chiasm
 from chiasm.data.mixture import Entry, Mixture
 from chiasm.presets import presets
 from chiasm.train import load_recipe, train
+from chiasm.train.model import open_model
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(file=io.StringIO())
@@ -77,6 +78,62 @@ def test_minigpt4_learns_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     vlm = chiasm.load(tmp_path / "model")
     layer = vlm.model.connectors["image"].proj
     assert sum(r["parameters"] for r in rows if r["lr"] is not None) == sum(p.numel() for p in layer.parameters())
+
+
+def moved(vlm: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in vlm.model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def drawn(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The weights that a recipe's tiny form begins with."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", {"out": str(out)}, tiny=True)
+    return {n: p.detach().clone() for n, p in open_model(recipe.model, recipe.seed, "cpu").model.named_parameters()}
+
+
+def test_minigpt5_learns_its_tokens_and_their_mapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing else moves, of the two tables eight rows; both terms are told, and the distance to the texts falls."""
+    before = drawn("minigpt5", tmp_path, monkeypatch)
+    vlm = trained("minigpt5", tmp_path, monkeypatch)
+    tables = ("lm.embedding.weight", "lm.lm_head.weight")
+    assert moved(vlm, before) == {n for n in before if n.startswith("mapper.")} | set(tables)
+    for name in tables:
+        rows = (vlm.model.get_parameter(name) != before[name]).any(1).nonzero().flatten().tolist()
+        assert rows == list(range(881, 889))
+    log = [json.loads(line) for line in (tmp_path / "vokens" / "log.jsonl").read_text().splitlines()]
+    log = [record for record in log if "features" in record]
+    assert "text" in log[-1] and 0 < log[-1]["features"] < log[0]["features"]
+    again = chiasm.load(tmp_path / "model")
+    assert again.tokenizer.id_of("[IMG7]") == 888 and again.tokenizer.decode([888]) == ""
+
+
+def test_minigpt_v2_goes_through_three_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One layer and LoRA on queries and values, merged with its proof after every stage."""
+    before = drawn("minigpt-v2", tmp_path, monkeypatch)
+    vlm = trained("minigpt-v2", tmp_path, monkeypatch)
+    layers = range(vlm.config.model.lm.depth)
+    lora = {f"lm.layers.{i}.attn.{x}_proj.weight" for i in layers for x in "qv"}
+    layer = {n for n in before if n.startswith("connectors.image.proj.")}
+    assert moved(vlm, before) == lora | layer
+    for stage in ("pretrain", "multi_task", "instruct"):
+        assert json.loads((tmp_path / stage / "done.json").read_text())["steps"] == 3
+    published = load_recipe(ROOT / "recipes" / "minigpt-v2.yaml")
+    assert [s.batch_size * s.accumulate for s in published.stages] == [96, 64, 24]
+
+
+def test_video_llama_learns_what_stands_over_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = drawn("video-llama", tmp_path, monkeypatch)
+    vlm = trained("video-llama", tmp_path, monkeypatch)
+    learned = ("positions", "queries", "clip.", "proj.")
+    wanted = {n for n in before if n.startswith(tuple(f"connectors.image.{name}" for name in learned))}
+    assert moved(vlm, before) == wanted and not any(".frame." in n for n in wanted)
+    record = next(p for p in presets() if p.name == "video-llama-7b")
+    stages = load_recipe(ROOT / "recipes" / "video-llama.yaml").stages
+    assert [s.lr for s in stages] == [s.lr for s in record.system.stages]
+    assert [s.steps * s.warmup_ratio for s in stages] == pytest.approx(
+        [s.warmup for s in record.system.stages], rel=1e-3
+    )
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 8
 
 
 def test_minigpt4_at_published_size():

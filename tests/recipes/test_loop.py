@@ -50,9 +50,9 @@ def run(vlm, data: Path, out: Path, resume: bool = False, seed: int = 0, **setti
 
 
 def gradients(
-    vlm, mixture: Mixture, out: Path, batch_size: int, accumulate: int, pack=False
+    vlm, mixture: Mixture, out: Path, batch_size: int, accumulate: int, pack=False, norm: float = 1e9
 ) -> dict[str, torch.Tensor]:
-    """The gradients of one whole step of four samples, cut into micro-batches in this way."""
+    """The gradients of one whole step of four samples, cut into micro-batches in this way, clipped to ``norm``."""
     found = {}
     stage = StageRun(
         vlm.model,
@@ -64,7 +64,7 @@ def gradients(
             batch_size=batch_size,
             accumulate=accumulate,
             lr=1e-3,
-            max_grad_norm=1e9,
+            max_grad_norm=norm,
         ),
         mixture,
         out / f"run{batch_size}{pack}",
@@ -109,6 +109,25 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
             assert (g - other[name]).abs().max() <= 1e-6, name
     counts = [int(renderer(vlm).sample(mixed[0, i]).loss_mask.sum()) for i in range(4)]
     assert len(set(counts)) == 4
+
+
+def test_gradients_are_clipped_once_and_whole(tmp_path):
+    """OpenFlamingo clips what was gathered so far after every micro-batch (F3): another direction than the step's."""
+    vlm, mixed = tiny_vlm(tmp_path), write_mixed(tmp_path)
+    free = gradients(vlm, mixed, tmp_path / "free", 4, 1)
+    limit = float(torch.stack([g.norm() for g in free.values()]).norm()) / 3
+    for batch in (4, 2, 1):
+        clipped = gradients(vlm, mixed, tmp_path / f"clipped{batch}", batch, 4 // batch, norm=limit)
+        for name, g in free.items():
+            torch.testing.assert_close(clipped[name], g / 3, atol=1e-6, rtol=1e-4)
+    vlm.model.requires_grad_(True)
+    losses = [next_token(vlm.model, renderer(vlm).batch([mixed[0, i]])) for i in range(4)]
+    for loss in losses:
+        (loss.total / sum(other.weight for other in losses)).backward()
+        torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), limit)
+    gathered = torch.cat([vlm.model.get_parameter(n).grad.flatten() for n in free])
+    whole = torch.cat([g.flatten() for g in free.values()])
+    assert torch.cosine_similarity(gathered, whole, dim=0) < 0.99, "the fault would be seen"
 
 
 def test_gradient_is_that_of_the_mean_over_target_tokens(tmp_path):

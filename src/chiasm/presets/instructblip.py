@@ -58,6 +58,8 @@ INSTRUCT_BLIP = System(
         ),
     ),
     differences=(
+        "The source documents list it under cross-attention. Only the Q-Former crosses; the language model reads a "
+        "prefix of 32 vectors. Cross-attention in the language model is `openflamingo-3b` and its like.",
         ZERO,
         DTYPE,
         SCHEDULE,
@@ -157,8 +159,8 @@ INSTRUCT_BLIP_VIDEO = replace(
     verified=(
         *INSTRUCT_BLIP.verified[:2],
         "Clips: the vectors of every frame and the logits within 1e-5 of transformers' "
-        "`InstructBlipVideoForConditionalGeneration`, several clips with instructions of unequal lengths. Its "
-        "processor needs torchvision and was not run. `tests/parity/test_minigpt.py`",
+        "`InstructBlipVideoForConditionalGeneration`, several clips with instructions of unequal lengths; its folder "
+        "read and written. Its processor needs torchvision and was not run. `tests/parity/test_minigpt.py`",
         TINY,
     ),
 )

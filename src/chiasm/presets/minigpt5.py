@@ -69,9 +69,12 @@ MINIGPT_5 = System(
     differences=(
         "The source documents' gate over two encoders does not exist in its code; it is `minigpt-gated-sketch`.",
         "The diffusion model is not part of the package: `model.pictured(batch)` gives the features it reads, 77 of "
-        "width 1024, and `fusion.vokens.voken_loss` the published sum of losses for a loop of one's own. No "
-        "objective of a recipe does it, and the 10 % of samples whose states are set to zero are the loop's.",
-        "The reference's AdamW shrinks the old rows of both tables though they have no gradient; freeze or mask them.",
+        "width 1024. The objective `vokens` trains the first stage by the other two terms of the published sum, the "
+        "text's loss and the distance to a text tower's features of the caption (`recipes/minigpt5.yaml`); the third, "
+        "the diffusion model's own error, and with it the second stage, is a loop of one's own "
+        "(`fusion.vokens.voken_loss`).",
+        "The reference's AdamW shrinks the old rows of both tables though they have no gradient; here the new rows are "
+        "parameters of their own while they learn (`rows(first=32000)` in a recipe's plan).",
     ),
     choices=(
         "The vocabulary has 32,000 rows and one for each of the eight tokens `[IMG0]` to `[IMG7]`, whose rows begin as "
@@ -82,6 +85,8 @@ MINIGPT_5 = System(
         QFORMER,
         "The mapper: `torch.nn.Transformer` with its norms first and two linear layers before it, in float64; that it "
         "reads the states one position before the vokens, in padded batches. `tests/parity/test_vokens.py`",
+        "The sum of losses: its formula in float64, with the features of transformers' `CLIPTextModel` read from its "
+        "folder; padded, packed and one by one alike. `tests/parity/test_vokens_objective.py`",
         TINY,
     ),
 )

@@ -88,6 +88,9 @@ OPEN_FLAMINGO = System(
         ),
     ),
     differences=(
+        "The source documents name InstructBLIP for cross-attention; in it only the bridge crosses, and the language "
+        "model reads a prefix. This is the published family whose language model looks at pictures itself; "
+        "InstructBLIP is offered as published, under query transformers.",
         LEAK,
         TOWER,
         EMBEDDING,

@@ -67,10 +67,14 @@ VIDEO_LLAMA = System(
         ),
     ),
     differences=(
+        "The source documents draw a hierarchical Q-Former and name no system: this is the nearest published one, the "
+        "connector `hierarchical`; their other form, over the scales of one picture, is the connector `multiscale`, of "
+        "which no published system was found.",
         "The audio branch is not built: the vision branch alone is what both stages above train.",
         "Clips of one batch may have different lengths; the reference takes equal ones.",
         "The linear layer starts new or from MiniGPT-4's released file (`llama_proj_model`), which "
-        "`load_part('minigpt4', FILE)` reads.",
+        "`load_part('minigpt4', FILE)` reads; the frames' Q-Former starts as BLIP-2's (`connectors.image.frame` of a "
+        "recipe's `weights`). What Video-LLaMA released, `load_part('video_llama', FILE)` reads.",
         "Which frames were taken, and when, is text that the user writes; the reference's demo adds a sentence.",
     ),
     verified=(
@@ -78,6 +82,8 @@ VIDEO_LLAMA = System(
         QFORMER,
         "The two levels: the connector equals transformers' two Q-Formers with frame positions between them, in "
         "float64, for clips of unequal lengths. `tests/parity/test_minigpt.py`, `tests/parity/test_bridges.py`",
+        "The files: a random model written under LAVIS's and the authors' names, read back whole. "
+        "`tests/parity/test_minigpt.py`",
         "The tiny form: a batch of pictures and a clip equals each alone, and an answer depends on its own media only. "
         "`tests/contracts/test_presets.py`",
     ),

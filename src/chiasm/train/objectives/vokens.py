@@ -170,13 +170,14 @@ class VokenObjective:
 
     def words(self, batch: Batch, row: int, column: int) -> str:
         """What the picture that begins there shows: the learned words before it, or else all words before it."""
-        same = batch.segment_ids[row, :column] == batch.segment_ids[row, column - 1]
-        slots = {int(slot) for media in batch.media.values() for slot in media.slots}
-        start, known = row * batch.input_ids.shape[1], batch.input_ids[row, :column].tolist()
-        said = [i for i in range(column) if bool(same[i]) and start + i not in slots]
-        learned = [known[i] for i in said if bool(batch.loss_mask[row, i])]
-        text = str(self.tokenizer.decode(learned)).strip()
-        return text or str(self.tokenizer.decode([known[i] for i in said])).strip()
+        start = row * batch.input_ids.shape[1]
+        slots = {slot for media in batch.media.values() for slot in media.slots.tolist()}
+        own = int(batch.segment_ids[row, column - 1])
+        tables = (batch.input_ids, batch.segment_ids, batch.loss_mask)
+        before = list(zip(*(table[row, :column].tolist() for table in tables), strict=True))
+        said = [(t, mask) for i, (t, seg, mask) in enumerate(before) if seg == own and start + i not in slots]
+        text = str(self.tokenizer.decode([t for t, mask in said if mask])).strip()
+        return text or str(self.tokenizer.decode([t for t, _ in said])).strip()
 
     def _reader(self, model: Any) -> Reader:
         """The reader, opened at the first batch. Raises ConfigError where it, the model and the tokenizer differ."""
