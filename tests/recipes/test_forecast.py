@@ -13,10 +13,17 @@ from click.testing import CliRunner
 from tiny_run import model_config, renderer, source, tokenizer_folder, write_mixed, write_pictures
 
 from chiasm.cli import main
-from chiasm.train import optim, speed
-from chiasm.train.forecast import Alive, forecast
+from chiasm.data.loader import Renderer
+from chiasm.data.mixture import Mixture
+from chiasm.train import load_recipe, optim, speed, together
+from chiasm.train.distributed import ALONE
+from chiasm.train.forecast import Alive, forecast, foresee
+from chiasm.train.model import open_model
+from chiasm.train.objectives import objective
+from chiasm.train.objectives.base import StepObjective
 from chiasm.train.objectives.next_token import next_token
 from chiasm.train.plan import apply, prepare, resolve
+from chiasm.train.ways import staged
 from chiasm.vlm import build
 
 TABLES = {
@@ -75,6 +82,50 @@ def test_within_15_percent_of_counted_tensors(tmp_path: Path, name: str, size: i
         step(vlm, batch, *parts)
         step(vlm, batch, *parts)
     assert seen.total == pytest.approx(kept + alive.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "blip2-stage1", "albef", "vilt", "vlmo", "beit3"])
+def test_objectives_over_whole_steps_and_pairs(name: str, monkeypatch):
+    """Two towers, first stages and fused models: the forecast without weights against the counted tensors of a step."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    recipe = load_recipe(root / "recipes" / f"{name}.yaml", tiny=True)
+    seen = next(foresee(recipe, samples=40))
+    assert seen.memory is not None, seen.why
+    stage, vlm = recipe.stages[0], open_model(recipe.model, 0, "cpu")
+    processor = staged(vlm.processor, stage)
+    mixture = Mixture(recipe.data, recipe.seed).only(stage.data)
+    renderer = Renderer(processor, stage.max_length)
+    several = sorted((renderer.sample(mixture[ref]) for ref in mixture.first(40)), key=len)[-stage.batch_size :]
+    batch = renderer.collate(several)  # unlike each other, as hard negatives are drawn from others only
+    plan = resolve(vlm.model, stage.table(), stage.lr)
+    apply(vlm.model, plan)
+    loss, parts = objective(stage.objective, processor), [lambda: batch] * stage.accumulate
+    trained = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+    with Alive() as alive:
+        if isinstance(loss, StepObjective):
+            together.backward(loss, vlm.model, parts, stage.accumulate > 1, ALONE, lambda: None)
+        else:
+            for part in parts:
+                loss(vlm.model, part()).total.backward()
+    kept = sum(t.nbytes for t in [*vlm.parameters(), *vlm.model.buffers()]) + 8 * trained
+    assert seen.memory.total == pytest.approx(kept + max(4 * trained, alive.peak), rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_recipe_for_24_gb_fits(tmp_path: Path, monkeypatch):
+    """Both stages with samples that fill max_length, under 24 GB with room for the driver's own."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    write_pictures(tmp_path, 1)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a red circle and " * 400}]
+    (tmp_path / "long.json").write_text(json.dumps([{"id": "long", "image": "0.png", "conversations": turns}]))
+    data = source(tmp_path) | {"file": str(tmp_path / "long.json")}
+    changes = {"model.tokenizer": "src/chiasm/weights/tiny-lm", "model.overrides": {"processing.template": "simple"}}
+    changes |= {"data.captions.source": data, "data.conversations.source": data, "stages.0.template": None}
+    found = list(foresee(load_recipe(root / "recipes" / "one-24gb-gpu.yaml", changes), 1))
+    assert [seen.longest for seen in found] == [2048, 2048]
+    assert all(seen.memory is not None and 8e9 < seen.memory.total < 23e9 for seen in found)
 
 
 PROCESS = """

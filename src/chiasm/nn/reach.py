@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 @torch.enable_grad()
-def unreached(shapes: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[str]:
+def unreached(shapes: nn.Module, run: Callable[[Any], Tensor]) -> list[str]:
     """Names of the parameters of ``shapes``, a model on the ``meta`` device, that ``run(shapes)`` does not depend on.
 
     Empty where the model cannot run there, as one that reads numbers on its way: nothing is known then.

@@ -30,7 +30,7 @@ from chiasm.train.objectives.cross_entropy import cross_entropy
 from chiasm.train.objectives.next_token import next_token
 from chiasm.train.plan import Action, Plan, apply, prepare, resolve, settled
 from chiasm.train.recipe import Recipe, Stage
-from chiasm.train.shapes import counters_kept, mixed, words_kept
+from chiasm.train.shapes import Mixed, counters_kept, words_kept
 from chiasm.train.speed import parts
 from chiasm.train.together import joined
 from chiasm.train.ways import open_processor, staged
@@ -173,7 +173,7 @@ def objective_peak(shapes: Any, batch: Batch, dtype: torch.dtype, objective: Obj
     """
     counters_kept(shapes)
     given = words_kept(batch, dtype)
-    with Alive() as alive, mixed(), _Fused(), computed_again_in(_Fused):
+    with Alive() as alive, Mixed(), _Fused(), computed_again_in(_Fused):
         if not isinstance(objective, StepObjective) or accumulate == 1:
             _slopes(objective(shapes, given).total)
         else:

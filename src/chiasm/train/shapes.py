@@ -7,14 +7,11 @@ that is not there (which pair is hardest) is answered with one that could be: th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import _config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -32,23 +29,16 @@ class Mixed(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
             return torch.ones((), dtype=args[0].dtype).item()
+        if func is _ATEN.nonzero.default and args[0].is_meta:
+            return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device="meta")
         if func is _ATEN._to_copy.default:
             return _moved(func, args, kwargs)
+        if func in _INDEXED:
+            args = (args[0], _places(args[1], args[0].is_meta), *args[2:])
         kinds = {t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         if len(kinds) == 2:
-            if func in _INDEXED:
-                args = (args[0], _places(args[1], args[0].is_meta), *args[2:])
-                if func is _ATEN.index.Tensor and not args[0].is_meta:
-                    return func(*args, **kwargs)
             args, kwargs = tree_map(_shape, (args, kwargs))
         return func(*args, **kwargs)
-
-
-@contextmanager
-def mixed() -> Iterator[None]:
-    """``Mixed``, in which masks without numbers are true everywhere."""
-    with _config.patch(meta_nonzero_assume_all_nonzero=True), Mixed():
-        yield
 
 
 def words_kept(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -83,14 +73,16 @@ def _places(indices: Any, shapes: bool) -> list[Any]:
     for index in indices:
         if not isinstance(index, Tensor):
             found.append(index)
-        elif index.is_meta and not shapes:
-            whole = torch.ones if index.dtype == torch.bool else torch.zeros
-            found.append(whole(index.shape, dtype=index.dtype))
-        elif index.dtype == torch.bool and not index.is_meta:
-            found += list(index.nonzero(as_tuple=True))
+        elif index.dtype == torch.bool:
+            places = index.nonzero() if not index.is_meta else torch.empty(index.numel(), index.ndim, device="meta")
+            found += [_known(column.long(), shapes) for column in places.unbind(1)]
         else:
-            found.append(index)
+            found.append(_known(index, shapes))
     return found
+
+
+def _known(index: Tensor, shapes: bool) -> Tensor:
+    return torch.zeros(index.shape, dtype=index.dtype) if index.is_meta and not shapes else index
 
 
 def _shape(value: Any) -> Any:
