@@ -95,8 +95,6 @@ def test_products_equal_the_rounded_operands(how, rows, dtype, rng):
     most = padded.abs().amax(-1, keepdim=True)
     steps = torch.div(torch.full_like(most, 127.0), most).nan_to_num(posinf=0)  # 127 / most would multiply twice
     rounded = ((padded * steps).round() * (most / 127)).flatten(1)
-    if how == "int8" and dtype == torch.bfloat16 and rows >= 64:
-        rounded = x.float()  # many rows: only the weights are rounded
     expected = rounded[:, :200].double() @ layer.widened().double().T + layer.bias.double()
     # bfloat16 keeps 8 bits: of the product before it is scaled and gets its bias, and of what is returned.
     tolerance = 2e-5 if dtype == torch.float32 else 2**-8 * 2
@@ -106,7 +104,9 @@ def test_products_equal_the_rounded_operands(how, rows, dtype, rng):
 
 def test_packing_rounds_to_the_nearest(rng):
     weight = torch.randn(10, 150, generator=rng)
-    wide8, wide4 = unpack8(*pack8(weight)), unpack4(*pack4(weight))
+    wide8, wide4 = unpack8(*pack8(weight)), unpack4(*pack4(weight))  # [16, 192]: whole panels and groups
+    assert not wide8[10:].any() and not wide4[10:].any()
+    wide8, wide4 = wide8[:10], wide4[:10]
     assert (wide8[:, :150] - weight).abs().max() <= weight.abs().max() / 254 + 1e-6
     assert not wide8[:, 150:].any() and not wide4[:, 150:].any()
     groups = nn.functional.pad(weight, (0, 42)).unflatten(1, (-1, 64))

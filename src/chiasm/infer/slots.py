@@ -21,9 +21,6 @@ from chiasm.nn.decode import Compiled
 from chiasm.nn.rope import rotate
 from chiasm.nn.scores import attention
 
-SHORT = 32
-"""Tokens up to which the compiled step is faster than torch's matrix products."""
-
 
 @dataclass
 class Run:
@@ -89,7 +86,7 @@ class Slots:
     def run(self, runs: Sequence[Run]) -> Tensor:
         """Compute runs of different slots, or following runs of one; logits ``[n, V]`` float32 of all wanted."""
         total = sum(len(run.ids) for run in runs)
-        if self.compiled is not None and total <= SHORT and all(run.x is None for run in runs):
+        if self.compiled is not None and total <= self.compiled.rows:
             return self._step(runs, self.compiled)
         hidden = self._forward(runs, total)  # [T, D]
         rows = torch.tensor(wanted(runs), device=hidden.device, dtype=torch.long)
@@ -99,15 +96,21 @@ class Slots:
         ids = torch.tensor([i for run in runs for i in run.ids])
         slots = torch.tensor([run.slot for run in runs for _ in run.ids], dtype=torch.int32)
         positions = torch.tensor([p for run in runs for p in range(run.start, run.end)], dtype=torch.int32)
-        return compiled.step(ids, slots, positions, torch.tensor(wanted(runs), dtype=torch.int32), self.threads)
+        ends = torch.tensor(wanted(runs), dtype=torch.int32)
+        x = self._vectors(runs).float() if any(run.x is not None for run in runs) else None
+        return compiled.step(ids, slots, positions, ends, self.threads, x)
+
+    def _vectors(self, runs: Sequence[Run]) -> Tensor:
+        """What the tokens of all runs are for the decoder: ``[T, D]``."""
+        device = self.model.device
+        found = [self.lm.embed(torch.tensor(run.ids, device=device)) if run.x is None else run.x for run in runs]
+        return torch.cat(found)
 
     def _forward(self, runs: Sequence[Run], total: int) -> Tensor:
         """The decoder over all runs at once → hidden states ``[T, D]`` after the last norm."""
         device = self.model.device
         lm: Any = self.lm
-        x = torch.cat(
-            [lm.embed(torch.tensor(run.ids, device=device)) if run.x is None else run.x for run in runs]
-        )  # [T, D]
+        x = self._vectors(runs)  # [T, D]
         positions = torch.cat([torch.arange(run.start, run.end, device=device) for run in runs]).unsqueeze(0)  # [1, T]
         turn = lm.rope(positions, torch.ones_like(positions), x.dtype)
         attend = (_Together if len(runs) > 1 and total == len(runs) else _Apart)(self.pool, runs, lm.config)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chiasm.nn.kernels import KINDS, Matrix, Work, dense, floats, library
+from chiasm.nn.kernels import KINDS, Matrix, Work, dense, floats, large_pages, library
 from chiasm.nn.quant import Quantized
 from chiasm.nn.rope import frequency_tables
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+SHORT, MANY = 32, 1 << 20
+"""Tokens up to which this is faster than torch's matrix products: of dense weights, of integers."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -54,9 +56,12 @@ class Compiled:
             self._fill(layers[index], block, pool[index, 0], pool[index, 1])
         frequencies = frequency_tables(c.rotary, c.rope_theta, c.rope_scaling)[0]
         self.layers, self.work, self.vocab = layers, Work(), lm.vocab
+        # Integer weights are multiplied as fast as torch's bfloat16, however many rows there are.
+        self.rows = MANY if all(type(m) is Quantized for block in lm.layers for m in _matrices(block)) else SHORT
         head = self._matrix(lm.lm_head) if lm.lm_head is not None else dense(lm.embedding.weight, None, self.keep)
         assert head is not None
         self.keep.append(lm.embedding.weight)
+        large_pages(tensor for tensor in self.keep[1:] if tensor.numel() >= 1 << 16)
         self.model = Model(
             ctypes.addressof(layers),
             lm.embedding.weight.data_ptr(),
@@ -80,15 +85,20 @@ class Compiled:
             return None
         return cls(lm, pool)
 
-    def step(self, ids: Tensor, slots: Tensor, positions: Tensor, wanted: Tensor, threads: int) -> Tensor:
-        """``ids [m]`` int64; ``slots``, ``positions`` ``[m]`` int32; rows ``wanted [r]`` int32 → logits ``[r, V]``."""
+    def step(
+        self, ids: Tensor, slots: Tensor, positions: Tensor, wanted: Tensor, threads: int, x: Tensor | None = None
+    ) -> Tensor:
+        """``ids [m]`` int64; ``slots``, ``positions`` ``[m]`` int32; rows ``wanted [r]`` int32 → logits ``[r, V]``.
+
+        ``x [m, D]`` float32 stands for the ids' vectors where some are media's.
+        """
         logits = torch.empty(len(wanted), self.vocab)
         assert self.work.library is not None
         self.work.library.chiasm_step(
             ctypes.byref(self.model),
             self.work.place,
             ctypes.c_int64(len(ids)),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (ids, slots, positions, wanted)),
+            *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (ids, x, slots, positions, wanted)),
             ctypes.c_int64(len(wanted)),
             ctypes.c_void_p(logits.data_ptr()),
             ctypes.c_int32(threads),
@@ -139,4 +149,4 @@ def _kind(module: Any) -> Any:
     return None
 
 
-__all__ = ["Compiled", "readable"]
+__all__ = ["SHORT", "Compiled", "readable"]

@@ -5,7 +5,8 @@ the nearest; the scale of a group of 4 bits is the one of a few that leaves the 
 rows are rounded to 8 bits while multiplying, with a scale for each 128 (int8) or 64 (int4) of them. Reference for the
 scheme: ggml's Q8_0 and Q4_0, which differ in group sizes.
 
-Where the compiled kernels are missing, the matrix is widened before each product: right, but slow.
+Packed weights lie in panels of 16 rows, in the order in which the kernels multiply them (``native/matrix.h``). Where the
+compiled kernels are missing, the matrix is widened before each product: right, but slow.
 """
 
 from __future__ import annotations
@@ -20,19 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chiasm.errors import CheckpointError, ConfigError, nearest
-from chiasm.nn.kernels import INT4, INT8, KINDS, Matrix, Work, floats, library, linear
+from chiasm.nn.kernels import INT4, INT8, KINDS, PANEL, Matrix, Work, floats, library, linear
 
 LAYERS = r"(^|\.)lm\.layers\."
 GROUP = 64
 BITS = {"int8": 8, "int4": 4}
-MANY = 64
-"""Rows of activations from which int8 weights are widened for torch's product, and activations are not rounded."""
 FEWEST = 64
 """Inputs below which a matrix is left as it is: there would be nothing to gain."""
 
 
 class Quantized(nn.Module):
-    """A linear layer ``[n, k]`` with weights of ``bits`` bits, padded to whole groups with zeros."""
+    """A linear layer ``[n, k]`` with weights of ``bits`` bits, padded to whole groups and panels with zeros."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int):
         super().__init__()
@@ -58,9 +57,6 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., k]`` → ``[..., n]``. Where a gradient is wanted, by the widened matrix: the kernels give none."""
         wanted = torch.is_grad_enabled() and x.requires_grad
-        if self.bits == 8 and x.dtype == torch.bfloat16 and x.numel() >= MANY * self.in_features and not wanted:
-            wide = F.linear(x, self.packed[:, : self.in_features].to(x.dtype)) * self.scales.to(x.device)  # float32
-            return (wide if self.bias is None else wide + self.bias).to(x.dtype)
         if x.dtype in KINDS and x.device.type == "cpu" and library() is not None and not wanted:
             return linear(self.matrix(), own_work(), x)
         return F.linear(x, self.widened(x.dtype).to(x.device), None if self.bias is None else self.bias.to(x.dtype))
@@ -68,15 +64,14 @@ class Quantized(nn.Module):
     def widened(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights ``[n, k]`` as numbers again."""
         wide = unpack8(self.packed, self.scales) if self.bits == 8 else unpack4(self.packed, self.scales)
-        return wide[:, : self.in_features].to(dtype)
+        return wide[: self.out_features, : self.in_features].to(dtype)
 
     def _native(self) -> tuple[Matrix, list[Tensor]]:
         if self._ready is None:
             keep: list[Tensor] = [self.packed, self.scales]
-            kind, stride = (INT8 if self.bits == 8 else INT4), self.packed.stride(0)
-            size = (self.out_features, self.in_features, stride)
-            bias = floats(self.bias, keep)
-            matrix = Matrix(self.packed.data_ptr(), self.scales.data_ptr(), bias, *size, kind, 0)
+            stride = self.packed[0].numel() // PANEL
+            size = (self.out_features, self.in_features, stride, INT8 if self.bits == 8 else INT4)
+            matrix = Matrix(self.packed.data_ptr(), self.scales.data_ptr(), floats(self.bias, keep), *size, 0)
             self._ready = matrix, keep
         return self._ready
 
@@ -97,36 +92,53 @@ def own_work() -> Work:
 
 
 def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, k]`` → int8 ``[n, K]`` with ``K`` the next multiple of 64, scales ``[n]``."""
+    """``[n, k]`` → bytes ``[N / 16, K / 4, 16, 4]`` with 128 added, scales ``[N]``; N and K: whole panels and groups."""
+    weight = F.pad(weight, (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % PANEL))  # [N, K]
     scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-    rounded = (weight / scales.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
-    return F.pad(rounded, (0, -weight.shape[1] % GROUP)).contiguous(), scales
+    rounded = (weight / scales.unsqueeze(1)).round().clamp(-127, 127).to(torch.int16) + 128
+    return _panels(rounded.to(torch.uint8), 4), scales
 
 
 def unpack8(packed: Tensor, scales: Tensor) -> Tensor:
-    """The inverse of ``pack8``, rounded: ``[n, K]``."""
-    return packed.float() * scales.to(packed.device).unsqueeze(1)
+    """The inverse of ``pack8``, rounded: ``[N, K]``."""
+    return (_rows(packed).float() - 128) * scales.to(packed.device).unsqueeze(1)
 
 
 def pack4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, k]`` → bytes ``[n, K / 2]``, scales ``[n, K / 64]``: in 32 bytes the low halves are a group's first 32."""
-    groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))  # [n, G, 64]
-    peak = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [n, G, 1]: its sign gets the value -8
+    """``[n, k]`` → bytes ``[N / 16, K / 8, 16, 4]``, scales ``[N / 16, K / 64, 16]``.
+
+    The low halves of four bytes are the first four of eight following weights, with 8 added.
+    """
+    weight = F.pad(weight, (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % PANEL))  # [N, K]
+    groups = weight.unflatten(1, (-1, GROUP))  # [N, G, 64]
+    peak = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [N, G, 1]: its sign gets the value -8
     best, error = torch.ones_like(peak), torch.full_like(peak, torch.inf)
     for steps in (-8.0, -7.5, -7.0, -6.5, 7.0):
         scale = torch.where(peak == 0, 1.0, peak / steps)
         off = (((groups / scale).round().clamp(-8, 7) * scale - groups) ** 2).sum(2, keepdim=True)
         best, error = torch.where(off < error, scale, best), torch.minimum(off, error)
-    values = (groups / best).round().clamp(-8, 7).to(torch.int8) + 8  # [n, G, 64]
-    low, high = values.chunk(2, dim=2)
-    return (low | (high << 4)).to(torch.uint8).flatten(1).contiguous(), best.squeeze(2).contiguous()
+    values = (groups / best).round().clamp(-8, 7).to(torch.int8) + 8  # [N, G, 64]
+    low, high = values.flatten(1).unflatten(1, (-1, 2, 4)).unbind(2)  # [N, K / 8, 4] each
+    packed = _panels((low | (high << 4)).to(torch.uint8).flatten(1), 4)
+    return packed, best.squeeze(2).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
 def unpack4(packed: Tensor, scales: Tensor) -> Tensor:
-    """The inverse of ``pack4``, rounded: ``[n, K]``."""
-    groups = packed.unflatten(1, (-1, GROUP // 2))  # [n, G, 32]
-    values = torch.cat((groups & 15, groups >> 4), dim=2).to(torch.int8) - 8  # [n, G, 64]
-    return (values.float() * scales.to(packed.device).unsqueeze(2)).flatten(1)
+    """The inverse of ``pack4``, rounded: ``[N, K]``."""
+    both = _rows(packed).unflatten(1, (-1, 4))  # [N, K / 8, 4]
+    values = torch.stack((both & 15, both >> 4), dim=2).flatten(1).unflatten(1, (-1, GROUP))  # [N, G, 64]
+    each = scales.to(packed.device).transpose(1, 2).flatten(0, 1)  # [N, G]
+    return ((values.float() - 8) * each.unsqueeze(2)).flatten(1)
+
+
+def _panels(rows: Tensor, each: int) -> Tensor:
+    """``[N, C]`` → ``[N / 16, C / each, 16, each]``."""
+    return rows.unflatten(1, (-1, each)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def _rows(panels: Tensor) -> Tensor:
+    """The inverse of ``_panels``."""
+    return panels.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def quantize(model: nn.Module, how: str, names: str = LAYERS, keep: Sequence[str] = ()) -> list[str]:

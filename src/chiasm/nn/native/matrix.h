@@ -1,9 +1,15 @@
-// Products of few activation rows with a weight matrix [n, k] stored row by row, as decoding needs them.
+// Products of activation rows with a weight matrix [n, k].
 //
 // Weights are float32, bfloat16, int8 with a scale for each row, or int4 with a scale for each 64 weights of a row.
-// For integer weights the activations are rounded to int8 too, with a scale for each group of 64 or 128 of them. Every
-// output is summed in one fixed order, whatever rows stand beside it: a row of a batch is computed as it is alone.
+// For integer weights the activations are rounded to int8 too, with a scale for each group of 128 (int8) or 64 (int4)
+// of them. Every output is summed in one fixed order, whatever rows stand beside it: a row of a batch is computed as it
+// is alone.
+//
+// float32 and bfloat16 lie row by row, as torch has them. Integers lie in panels of 16 rows, in the order in which they
+// are multiplied: 64 bytes are four consecutive weights (int8; eight in int4) of each of the 16 rows, so memory is read
+// from one end to the other, and the 16 sums of a vector need no adding up across it.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,11 +22,13 @@
 #endif
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+constexpr int64_t PANEL = 16, MOST = 8;  // outputs of a panel; activation rows that pass it at a time
+constexpr int64_t AHEAD = 4096;          // bytes of weights that are fetched in advance
 
 struct Matrix {
-  const void* weights;   // [n] rows of `stride` bytes
-  const float* scales;   // INT8 [n], INT4 [n, k / 64]; otherwise null
-  const float* bias;     // [n] or null
+  const void* weights;  // F32, BF16: [n] rows of `stride` bytes; INT8 [n / 16, k / 4, 16, 4], INT4 [n / 16, k / 8, 16, 4]
+  const float* scales;  // INT8 [n], INT4 [n / 16, k / 64, 16]; otherwise null. n and k are padded to whole panels
+  const float* bias;    // [n] or null
   int64_t n, k, stride;
   int32_t kind, padding;
 };
@@ -46,7 +54,7 @@ struct Rows {
   std::vector<uint16_t> half;   // BF16: [m, stride]
   std::vector<int8_t> small;    // INT8, INT4: [m, stride]
   std::vector<float> scales;    // [m, groups]
-  std::vector<int32_t> starts;  // [m, groups, 16]: cancels the offset that makes weights unsigned
+  std::vector<int32_t> starts;  // [m, groups]: cancels the offset that makes weights unsigned
 
   void shape(int64_t m, int64_t columns, int32_t kind) {
     k = columns;
@@ -54,11 +62,11 @@ struct Rows {
     if (kind == F32) grow(wide, m * stride);
     if (kind == BF16) grow(half, m * stride);
     if (kind == INT8 || kind == INT4) {
-      per_group = kind == INT8 ? 2 : 1;
-      groups = (stride / 64 + per_group - 1) / per_group;
+      per_group = kind == INT8 ? 128 : 64;
+      groups = (stride + per_group - 1) / per_group;
       grow(small, m * stride);
       grow(scales, m * groups);
-      grow(starts, m * groups * 16);
+      grow(starts, m * groups);
     }
   }
 
@@ -84,30 +92,28 @@ struct Rows {
   void rounded(int64_t row, const float* x, int offset) {
     int8_t* to = small.data() + row * stride;
     for (int64_t g = 0; g < groups; g++) {
-      const int64_t first = g * per_group * 64;
-      const int64_t last = first + per_group * 64 < stride ? first + per_group * 64 : stride;
-      const int64_t end = last < k ? last : k;
+      const int64_t first = g * per_group, last = std::min(first + per_group, stride), end = std::min(last, k);
       float most = 0;
 #pragma omp simd reduction(max : most)
       for (int64_t i = first; i < end; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
       const float inverse = most > 0 ? 127.0f / most : 0.0f;
-      scales[row * groups + g] = most / 127.0f;
-#pragma omp simd
-      for (int64_t i = first; i < end; i++) to[i] = int8_t(int32_t(std::nearbyintf(x[i] * inverse)));
-      for (int64_t i = end < first ? first : end; i < last; i++) to[i] = 0;
-      int32_t* lanes = starts.data() + (row * groups + g) * 16;
-      for (int lane = 0; lane < 16; lane++) {
-        int32_t sum = 0;
-        for (int64_t i = first + 4 * lane; i < last; i += 64) sum += to[i] + to[i + 1] + to[i + 2] + to[i + 3];
-        lanes[lane] = -offset * sum;
+      int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = first; i < end; i++) {
+        const int32_t value = int32_t(std::nearbyintf(x[i] * inverse));
+        to[i] = int8_t(value);
+        sum += value;
       }
+      for (int64_t i = std::max(first, end); i < last; i++) to[i] = 0;
+      scales[row * groups + g] = most / 127.0f;
+      starts[row * groups + g] = -offset * sum;
     }
   }
 };
 
 #ifdef WIDE
 // The sums of 16 vectors, each in the order of _mm512_reduce_add_ps: halves, quarters, eighths, the last two.
-INLINED void sums_of_16(const __m512* v, float* out) {
+INLINED __m512 sums_of_16(const __m512* v) {
   __m512 four[4];
   UNROLLED for (int i = 0; i < 4; i++) {
     __m512 two[2];
@@ -120,75 +126,72 @@ INLINED void sums_of_16(const __m512* v, float* out) {
   const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1]));
   const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3]));
   const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, all));
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), all);
 }
 
-template <int N, int M>
-INLINED void summed(const __m512 (&v)[N][M], float* out) {
-  if constexpr (N * M == 16) {
-    __m512 flat[16];
-    UNROLLED for (int i = 0; i < 16; i++) flat[i] = v[i / M][i % M];
-    sums_of_16(flat, out);
-  } else {
-    UNROLLED for (int i = 0; i < N; i++)
-      UNROLLED for (int j = 0; j < M; j++) out[i * M + j] = _mm512_reduce_add_ps(v[i][j]);
-  }
-}
-#endif
-
-// Each `tile` computes out[i * M + j] for N weight rows from `n` on and M activation rows from `m` on.
-#ifdef WIDE
-template <int N, int M>
-static inline void tile_f32(const Matrix& w, const Rows& x, int64_t n, int64_t m, float* out) {
-  const float* rows = (const float*)((const char*)w.weights + n * w.stride);
-  const int64_t step = w.stride / 4;
-  __m512 sums[N][M];
-  UNROLLED for (int i = 0; i < N; i++)
-    UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < w.k; c += 16) {
-    const __mmask16 some = w.k - c >= 16 ? 0xffff : (1u << (w.k - c)) - 1;
-    __m512 xs[M];
-    UNROLLED for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_ps(x.wide.data() + (m + j) * x.stride + c);
-    UNROLLED for (int i = 0; i < N; i++) {
-      const __m512 ws = _mm512_maskz_loadu_ps(some, rows + i * step + c);
-      UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_fmadd_ps(ws, xs[j], sums[i][j]);
-    }
-  }
-  summed<N, M>(sums, out);
-}
-
-template <int N, int M>
-static inline void tile_bf16(const Matrix& w, const Rows& x, int64_t n, int64_t m, float* out) {
-  const uint16_t* rows = (const uint16_t*)((const char*)w.weights + n * w.stride);
-  const int64_t step = w.stride / 2;
-  __m512 sums[N][M];
-  UNROLLED for (int i = 0; i < N; i++)
-    UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < w.k; c += 32) {
-    const __mmask32 some = w.k - c >= 32 ? 0xffffffffu : (1u << (w.k - c)) - 1;
-    __m512i xs[M];
-    UNROLLED for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_si512(x.half.data() + (m + j) * x.stride + c);
-    UNROLLED for (int i = 0; i < N; i++) {
-      const __m512i ws = _mm512_maskz_loadu_epi16(some, rows + i * step + c);
-      UNROLLED for (int j = 0; j < M; j++) {
+INLINED __m512 product(__m512 sums, __m512i ws, __m512i xs) {  // bfloat16
 #ifdef __AVX512BF16__
-        sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)ws, (__m512bh)xs[j]);
+  return _mm512_dpbf16_ps(sums, (__m512bh)ws, (__m512bh)xs);
 #else
-        const __m512i high = _mm512_set1_epi32(0xffff0000);
-        const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(ws, 16)),
-                                          _mm512_castsi512_ps(_mm512_slli_epi32(xs[j], 16)));
-        sums[i][j] = _mm512_add_ps(
-            sums[i][j], _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(ws, high)),
-                                        _mm512_castsi512_ps(_mm512_and_si512(xs[j], high)), even));
+  const __m512i high = _mm512_set1_epi32(0xffff0000);
+  const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(ws, 16)),
+                                    _mm512_castsi512_ps(_mm512_slli_epi32(xs, 16)));
+  return _mm512_add_ps(sums, _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(ws, high)),
+                                             _mm512_castsi512_ps(_mm512_and_si512(xs, high)), even));
 #endif
-      }
-    }
-  }
-  summed<N, M>(sums, out);
 }
 
-static inline __m512i dot4(__m512i sums, __m512i u8, __m512i s8) {
+INLINED __m512 product(__m512 sums, __m512 ws, __m512 xs) { return _mm512_fmadd_ps(ws, xs, sums); }
+INLINED __m512 some_of(const float* x, int64_t count) {
+  return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : (1u << count) - 1, x);
+}
+INLINED __m512i some_of(const uint16_t* x, int64_t count) {
+  return _mm512_maskz_loadu_epi16(count >= 32 ? 0xffffffffu : (1u << count) - 1, x);
+}
+INLINED __m512 all_of(const float* x) { return _mm512_loadu_ps(x); }
+INLINED __m512i all_of(const uint16_t* x) { return _mm512_loadu_si512(x); }
+
+// rows[j][i]: the vectors whose sums are the products of N weight rows and M activation rows, of float32 or bfloat16.
+template <int N, int M, class T>
+INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_t k, __m512 (*rows)[PANEL]) {
+  constexpr int64_t LANES = 64 / sizeof(T);
+  __m512 sums[M][N];
+  UNROLLED for (int j = 0; j < M; j++)
+    UNROLLED for (int i = 0; i < N; i++) sums[j][i] = _mm512_setzero_ps();
+  int64_t c = 0;
+  for (; c + LANES <= k; c += LANES) {
+    UNROLLED for (int i = 0; i < N; i++) {
+      _mm_prefetch((const char*)(ws + i * step + c) + AHEAD, _MM_HINT_T0);
+      const auto weights = all_of(ws + i * step + c);
+      UNROLLED for (int j = 0; j < M; j++) sums[j][i] = product(sums[j][i], weights, all_of(xs + j * stride + c));
+    }
+  }
+  if (c < k)
+    UNROLLED for (int i = 0; i < N; i++) {
+      const auto weights = some_of(ws + i * step + c, k - c);
+      UNROLLED for (int j = 0; j < M; j++) sums[j][i] = product(sums[j][i], weights, all_of(xs + j * stride + c));
+    }
+  UNROLLED for (int j = 0; j < M; j++)
+    UNROLLED for (int i = 0; i < N; i++) rows[j][i] = sums[j][i];
+}
+
+// out[j * 16 + i] for `count` weight rows from `n` on and M activation rows from `m` on. A single activation row takes
+// the weights one row after the other, as they lie in memory.
+template <int M, class T>
+INLINED void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int64_t n, int64_t count, int64_t m,
+                   float* out) {
+  const T *ws = (const T*)((const char*)w.weights + n * w.stride), *xs = x.data() + m * stride;
+  const int64_t step = w.stride / sizeof(T);
+  __m512 rows[M][PANEL];
+  int64_t i = 0;
+  for (; i + M <= count; i += M) tile<M, M>(ws + i * step, step, xs, stride, w.k, (__m512(*)[PANEL])&rows[0][i]);
+  for (; i < count; i++) tile<1, M>(ws + i * step, step, xs, stride, w.k, (__m512(*)[PANEL])&rows[0][i]);
+  for (; i < PANEL; i++)
+    UNROLLED for (int j = 0; j < M; j++) rows[j][i] = _mm512_setzero_ps();
+  UNROLLED for (int j = 0; j < M; j++) _mm512_storeu_ps(out + j * PANEL, sums_of_16(rows[j]));
+}
+
+INLINED __m512i dot4(__m512i sums, __m512i u8, __m512i s8) {
 #ifdef __AVX512VNNI__
   return _mm512_dpbusd_epi32(sums, u8, s8);
 #else  // exact, unlike maddubs, which saturates
@@ -199,132 +202,135 @@ static inline __m512i dot4(__m512i sums, __m512i u8, __m512i s8) {
 #endif
 }
 
-template <int N, int M, bool FOUR>
-static inline void tile_int(const Matrix& w, const Rows& x, int64_t n, int64_t m, float* out) {
-  const char* rows = (const char*)w.weights + n * w.stride;
-  const int64_t blocks = x.stride / 64;
-  const __m512i flip = _mm512_set1_epi8((char)0x80), nibble = _mm512_set1_epi8(15);
-  __m512 sums[N][M];
-  UNROLLED for (int i = 0; i < N; i++)
-    UNROLLED for (int j = 0; j < M; j++) sums[i][j] = _mm512_setzero_ps();
-  for (int64_t g = 0, b = 0; g < x.groups; g++) {
-    __m512i dots[N][M];
+INLINED __m512i four_of(const int8_t* x) {  // in every lane
+  int32_t bits;
+  std::memcpy(&bits, x, 4);
+  return _mm512_set1_epi32(bits);
+}
+
+// out[j * 16 + i] for the 16 rows of a panel of integers and M activation rows from `m` on.
+template <int M, bool FOUR>
+INLINED void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, float* out) {
+  constexpr int SPLIT = M == 1 ? 4 : M == 2 ? 2 : 1;     // products in flight: one waits for the one before it
+  constexpr int64_t EACH = FOUR ? 8 : 4;              // inputs of a vector of weights
+  const int64_t steps = x.stride / EACH, in_group = x.per_group / EACH;
+  const char* from = (const char*)w.weights + number * steps * 64;
+  const float* scales = w.scales + number * PANEL * (FOUR ? x.groups : 1);
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const int8_t* xs[M];
+  UNROLLED for (int j = 0; j < M; j++) xs[j] = x.small.data() + (m + j) * x.stride;
+  __m512 sums[M];
+  UNROLLED for (int j = 0; j < M; j++) sums[j] = _mm512_setzero_ps();
+  for (int64_t g = 0, s = 0; g < x.groups; g++) {
+    __m512i dots[SPLIT][M];
     UNROLLED for (int j = 0; j < M; j++) {
-      const __m512i start = _mm512_loadu_si512(x.starts.data() + ((m + j) * x.groups + g) * 16);
-      UNROLLED for (int i = 0; i < N; i++) dots[i][j] = start;
+      dots[0][j] = _mm512_set1_epi32(x.starts[(m + j) * x.groups + g]);
+      UNROLLED for (int i = 1; i < SPLIT; i++) dots[i][j] = _mm512_setzero_si512();
     }
-    for (const int64_t end = b + x.per_group < blocks ? b + x.per_group : blocks; b < end; b++) {
-      __m512i xs[M];
-      UNROLLED for (int j = 0; j < M; j++) xs[j] = _mm512_loadu_si512(x.small.data() + (m + j) * x.stride + b * 64);
-      UNROLLED for (int i = 0; i < N; i++) {
-        __m512i ws;
-        if (FOUR) {  // weights 0..31 of a group are the low halves of its 32 bytes, 32..63 the high ones
-          const __m256i both = _mm256_loadu_si256((const __m256i*)(rows + i * w.stride + b * 32));
-          ws = _mm512_and_si512(
-              _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1), nibble);
-        } else {
-          ws = _mm512_xor_si512(_mm512_loadu_si512(rows + i * w.stride + b * 64), flip);
+    for (const int64_t end = std::min(s + in_group, steps); s < end; s += SPLIT) {
+      UNROLLED for (int i = 0; i < SPLIT; i++) {
+        _mm_prefetch(from + (s + i) * 64 + AHEAD, _MM_HINT_T0);
+        const __m512i ws = _mm512_loadu_si512(from + (s + i) * 64);
+        const __m512i first = FOUR ? _mm512_and_si512(ws, nibble) : ws;
+        UNROLLED for (int j = 0; j < M; j++) dots[i][j] = dot4(dots[i][j], first, four_of(xs[j] + (s + i) * EACH));
+        if (FOUR) {
+          const __m512i second = _mm512_and_si512(_mm512_srli_epi16(ws, 4), nibble);
+          UNROLLED for (int j = 0; j < M; j++)
+            dots[i][j] = dot4(dots[i][j], second, four_of(xs[j] + (s + i) * EACH + 4));
         }
-        UNROLLED for (int j = 0; j < M; j++) dots[i][j] = dot4(dots[i][j], ws, xs[j]);
       }
     }
     UNROLLED for (int j = 0; j < M; j++) {
-      const float of_rows = x.scales[(m + j) * x.groups + g];
-      UNROLLED for (int i = 0; i < N; i++) {
-        const float scale = FOUR ? of_rows * w.scales[(n + i) * x.groups + g] : of_rows;
-        sums[i][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i][j]), _mm512_set1_ps(scale), sums[i][j]);
-      }
+      UNROLLED for (int i = 1; i < SPLIT; i++) dots[0][j] = _mm512_add_epi32(dots[0][j], dots[i][j]);
+      __m512 scale = _mm512_set1_ps(x.scales[(m + j) * x.groups + g]);
+      if (FOUR) scale = _mm512_mul_ps(scale, _mm512_loadu_ps(scales + g * PANEL));
+      sums[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[0][j]), scale, sums[j]);
     }
   }
-  summed<N, M>(sums, out);
-  UNROLLED for (int i = 0; !FOUR && i < N; i++)
-    UNROLLED for (int j = 0; j < M; j++) out[i * M + j] *= w.scales[n + i];
+  UNROLLED for (int j = 0; j < M; j++)
+    _mm512_storeu_ps(out + j * PANEL, FOUR ? sums[j] : _mm512_mul_ps(sums[j], _mm512_loadu_ps(scales)));
 }
 #else
-template <int N, int M>
-static inline void tile_f32(const Matrix& w, const Rows& x, int64_t n, int64_t m, float* out) {
-  for (int i = 0; i < N; i++)
+template <class T>
+static inline float number(T x) {
+  if constexpr (sizeof(T) == 2) return widened(x);
+  return x;
+}
+
+template <int M, class T>
+static void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int64_t n, int64_t count, int64_t m,
+                  float* out) {
+  for (int64_t i = 0; i < count; i++)
     for (int j = 0; j < M; j++) {
-      const float* ws = (const float*)((const char*)w.weights + (n + i) * w.stride);
-      const float* xs = x.wide.data() + (m + j) * x.stride;
+      const T* ws = (const T*)((const char*)w.weights + (n + i) * w.stride);
+      const T* xs = x.data() + (m + j) * stride;
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < w.k; c++) sum += ws[c] * xs[c];
-      out[i * M + j] = sum;
+      for (int64_t c = 0; c < w.k; c++) sum += number(ws[c]) * number(xs[c]);
+      out[j * PANEL + i] = sum;
     }
 }
 
-template <int N, int M>
-static inline void tile_bf16(const Matrix& w, const Rows& x, int64_t n, int64_t m, float* out) {
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++) {
-      const uint16_t* ws = (const uint16_t*)((const char*)w.weights + (n + i) * w.stride);
-      const uint16_t* xs = x.half.data() + (m + j) * x.stride;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < w.k; c++) sum += widened(ws[c]) * widened(xs[c]);
-      out[i * M + j] = sum;
+template <int M, bool FOUR>
+static void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, float* out) {
+  const int64_t each = FOUR ? 8 : 4, steps = x.stride / each;
+  const uint8_t* from = (const uint8_t*)w.weights + number * steps * 64;
+  const float* scales = w.scales + number * PANEL * (FOUR ? x.groups : 1);
+  for (int j = 0; j < M; j++) {
+    const int8_t* xs = x.small.data() + (m + j) * x.stride;
+    float sums[PANEL] = {};
+    for (int64_t g = 0; g < x.groups; g++) {
+      const int64_t row = (m + j) * x.groups + g, end = std::min((g + 1) * x.per_group, x.stride) / each;
+      int32_t dots[PANEL];
+      for (int i = 0; i < PANEL; i++) dots[i] = x.starts[row];
+      for (int64_t s = g * x.per_group / each; s < end; s++)
+        for (int i = 0; i < PANEL; i++)
+          for (int c = 0; c < 4; c++) {
+            const uint8_t both = from[s * 64 + i * 4 + c];
+            dots[i] += (FOUR ? both & 15 : both) * xs[s * each + c];
+            if (FOUR) dots[i] += (both >> 4) * xs[s * each + 4 + c];
+          }
+      for (int i = 0; i < PANEL; i++) sums[i] += dots[i] * (FOUR ? x.scales[row] * scales[g * PANEL + i] : x.scales[row]);
     }
-}
-
-template <int N, int M, bool FOUR>
-static inline void tile_int(const Matrix& w, const Rows& x, int64_t n, int64_t m, float* out) {
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < M; j++) {
-      const uint8_t* ws = (const uint8_t*)w.weights + (n + i) * w.stride;
-      const int8_t* xs = x.small.data() + (m + j) * x.stride;
-      float sum = 0;
-      for (int64_t g = 0; g < x.groups; g++) {
-        int32_t dot = 0;
-        const int64_t first = g * x.per_group * 64, end = first + x.per_group * 64;
-        for (int64_t c = first; c < (end < x.stride ? end : x.stride); c++) {
-          const int64_t in = c % 64, byte = (c / 64) * 32 + in % 32;
-          const int value = FOUR ? int(in < 32 ? ws[byte] & 15 : ws[byte] >> 4) - 8 : int(int8_t(ws[c]));
-          dot += value * xs[c];
-        }
-        sum += dot * (FOUR ? w.scales[(n + i) * x.groups + g] : 1.0f) * x.scales[(m + j) * x.groups + g];
-      }
-      out[i * M + j] = sum * (FOUR ? 1.0f : w.scales[n + i]);
-    }
+    for (int i = 0; i < PANEL; i++) out[j * PANEL + i] = FOUR ? sums[i] : sums[i] * scales[i];
+  }
 }
 #endif
 
-template <int N, int M>
-static inline void tile(const Matrix& w, const Rows& x, int64_t n, int64_t m, float* out) {
+template <int M>
+static inline void block_of(const Matrix& w, const Rows& x, int64_t n, int64_t count, int64_t m, float* out) {
   switch (w.kind) {
-    case F32: return tile_f32<N, M>(w, x, n, m, out);
-    case BF16: return tile_bf16<N, M>(w, x, n, m, out);
-    case INT8: return tile_int<N, M, false>(w, x, n, m, out);
-    default: return tile_int<N, M, true>(w, x, n, m, out);
+    case F32: return dense<M>(w, x.wide, x.stride, n, count, m, out);
+    case BF16: return dense<M>(w, x.half, x.stride, n, count, m, out);
+    case INT8: return panel<M, false>(w, x, n / PANEL, m, out);
+    default: return panel<M, true>(w, x, n / PANEL, m, out);
   }
 }
 
-// `give(row, output, value)` for the outputs n0 .. n1 of the activation rows m0 .. m1.
-template <int M, class Give>
-static inline void columns(const Matrix& w, const Rows& x, int64_t n0, int64_t n1, int64_t m, Give give) {
-  constexpr int N = 4;
-  float out[N * M];
-  int64_t n = n0;
-  for (; n + N <= n1; n += N) {
-    tile<N, M>(w, x, n, m, out);
-    for (int i = 0; i < N; i++)
-      for (int j = 0; j < M; j++) give(m + j, n + i, out[i * M + j] + (w.bias ? w.bias[n + i] : 0.0f));
-  }
-  for (; n < n1; n++) {
-    tile<1, M>(w, x, n, m, out);
-    for (int j = 0; j < M; j++) give(m + j, n, out[j] + (w.bias ? w.bias[n] : 0.0f));
-  }
+// Up to 16 outputs from `n` on (for integers a whole panel) of some activation rows from `m` on; gives how many rows.
+static __attribute__((noinline)) int64_t block(const Matrix& w, const Rows& x, int64_t n, int64_t count, int64_t m,
+                                               int64_t left, float* out) {
+  if (left >= 8 && w.kind >= INT8) return block_of<8>(w, x, n, count, m, out), 8;
+  if (left >= 4) return block_of<4>(w, x, n, count, m, out), 4;
+  if (left >= 2) return block_of<2>(w, x, n, count, m, out), 2;
+  return block_of<1>(w, x, n, count, m, out), 1;
 }
 
+// `give(row, first, count, values)` for the outputs n0 .. n1, at most 16 at a time, of the activation rows m0 .. m1.
 template <class Give>
 static void multiply(const Matrix& w, const Rows& x, int64_t n0, int64_t n1, int64_t m0, int64_t m1, Give give) {
-  // A panel of weights stays in the first cache while all activation rows pass it.
-  const int64_t panel = m1 - m0 <= 1 ? n1 - n0 + 1 : 16;
-  for (int64_t first = n0; first < n1; first += panel) {
-    const int64_t last = first + panel < n1 ? first + panel : n1;
-    int64_t m = m0;
-    for (; w.kind < INT8 && m + 4 <= m1; m += 4) columns<4>(w, x, first, last, m, give);  // integers need more registers
-    for (; m + 2 <= m1; m += 2) columns<2>(w, x, first, last, m, give);
-    for (; m < m1; m++) columns<1>(w, x, first, last, m, give);
+  alignas(64) float out[MOST * PANEL];
+  for (int64_t n = w.kind >= INT8 ? n0 / PANEL * PANEL : n0; n < n1; n += PANEL) {
+    // The panel stays in the first cache while all activation rows pass it.
+    const int64_t first = std::max(n, n0), last = std::min(n + PANEL, n1);
+    for (int64_t m = m0, done; m < m1; m += done) {
+      done = block(w, x, n, last - n, m, m1 - m, out);
+      for (int64_t j = 0; j < done; j++) {
+        float* values = out + j * PANEL + (first - n);
+        if (w.bias)
+          for (int64_t i = 0; i < last - first; i++) values[i] += w.bias[first + i];
+        give(m + j, first, last - first, values);
+      }
+    }
   }
 }

@@ -2,18 +2,20 @@
 //
 // It computes what `chiasm.lm.decoder` computes for positions whose earlier keys and values are cached; the sum of the
 // residual stream, norms, softmax and scores are float32 whatever the weights are. Rows may belong to different slots,
-// or be consecutive positions of one (a guessed continuation, or the end of a prompt). All threads walk through the
-// layers together. Each stage is cut into a few parts that threads take as they come, and is over when all parts are
-// done: a thread that the system keeps from running holds up at most the part that it has.
+// or be consecutive positions of one (a guessed continuation, or a prompt). All threads walk through the layers
+// together. Each stage is cut into a few parts that threads take as they come, and is over when all parts are done: a
+// thread that the system keeps from running holds up at most the part that it has.
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <thread>
 
-#include "exp.h"
-#include "matrix.h"
+#include "attend.h"
 
 struct Layer {
   Matrix q, k, v, o, gate, up, down;
@@ -32,15 +34,6 @@ struct Decoder {
   int32_t embedding_kind, cache_kind, activation, padding;  // activation: silu, gelu, gelu_tanh, relu
 };
 
-static inline float activated(float x, int32_t kind) {
-  switch (kind) {
-    case 0: return x / (1.0f + std::exp(-x));
-    case 1: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
-    case 2: return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    default: return x > 0 ? x : 0;
-  }
-}
-
 static inline void normed(const float* x, const float* weight, float eps, int64_t n, float* out) {
   float square = 0;
 #pragma omp simd reduction(+ : square)
@@ -58,86 +51,16 @@ static inline void turned(float* x, const float* turn, int64_t rotary) {  // tur
   }
 }
 
-template <class T>
-static inline float read(T x);
-template <>
-inline float read<float>(float x) { return x; }
-template <>
-inline float read<uint16_t>(uint16_t x) { return widened(x); }
-
-#ifdef WIDE
-static inline __m512 load16(const float* x, __mmask16 some) { return _mm512_maskz_loadu_ps(some, x); }
-static inline __m512 load16(const uint16_t* x, __mmask16 some) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
-}
-
-template <class T>
-static void attend(const float* q, const T* keys, const T* values, int64_t length, int64_t width, float* shares,
-                   float* out) {
-  const float scale = 1.0f / std::sqrt(float(width));
-  float most = -INFINITY;
-  for (int64_t t = 0; t < length; t++) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t c = 0; c < width; c += 16) {
-      const __mmask16 some = width - c >= 16 ? 0xffff : (1u << (width - c)) - 1;
-      sum = _mm512_fmadd_ps(load16(q + c, some), load16(keys + t * width + c, some), sum);
-    }
-    shares[t] = _mm512_reduce_add_ps(sum) * scale;
-    most = std::max(most, shares[t]);
-  }
-  __m512 totals = _mm512_setzero_ps();
-  for (int64_t t = 0; t < length; t += 16) {
-    const __mmask16 some = length - t >= 16 ? 0xffff : (1u << (length - t)) - 1;
-    const __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, shares + t), _mm512_set1_ps(most)));
-    totals = _mm512_mask_add_ps(totals, some, totals, e);
-    _mm512_mask_storeu_ps(shares + t, some, e);
-  }
-  const float inverse = 1.0f / _mm512_reduce_add_ps(totals);
-  for (int64_t c = 0; c < width; c += 64) {  // up to four vectors of the width at a time
-    __m512 sums[4] = {};
-    const int parts = int(std::min<int64_t>(4, (width - c + 15) / 16));
-    __mmask16 some[4] = {};
-    for (int i = 0; i < parts; i++) {
-      const int64_t left = width - c - 16 * i;
-      some[i] = left >= 16 ? 0xffff : (1u << left) - 1;
-    }
-    for (int64_t t = 0; t < length; t++) {
-      const __m512 share = _mm512_set1_ps(shares[t]);
-      for (int i = 0; i < parts; i++)
-        sums[i] = _mm512_fmadd_ps(share, load16(values + t * width + c + 16 * i, some[i]), sums[i]);
-    }
-    for (int i = 0; i < parts; i++)
-      _mm512_mask_storeu_ps(out + c + 16 * i, some[i], _mm512_mul_ps(sums[i], _mm512_set1_ps(inverse)));
-  }
-}
-#else
-template <class T>
-static void attend(const float* q, const T* keys, const T* values, int64_t length, int64_t width, float* shares,
-                   float* out) {
-  const float scale = 1.0f / std::sqrt(float(width));
-  float most = -INFINITY, total = 0;
-  for (int64_t t = 0; t < length; t++) {
-    float sum = 0;
-    for (int64_t c = 0; c < width; c++) sum += q[c] * read(keys[t * width + c]);
-    shares[t] = sum * scale;
-    most = std::max(most, shares[t]);
-  }
-  for (int64_t t = 0; t < length; t++) total += shares[t] = std::exp(shares[t] - most);
-  for (int64_t c = 0; c < width; c++) out[c] = 0;
-  for (int64_t t = 0; t < length; t++)
-    for (int64_t c = 0; c < width; c++) out[c] += shares[t] / total * read(values[t * width + c]);
-}
-#endif
-
 // What one call works in. Buffers are kept between calls.
 struct Work {
   std::vector<float> x, q, mixed, inner, turns;  // [m, dim], twice [m, heads * width], [m, mlp], [m, rotary]
   Rows shared[4][4];                             // by the width they have (Place) and the kind they are multiplied with
   struct Own {
     Rows rows[4][4];
-    std::vector<float> scratch, shares;
+    std::vector<float> scratch, shares, room;
   };
   std::vector<Own> own;  // of each thread
+  std::vector<int64_t> firsts;  // rows at which another slot begins, or enough queries are together; and the last's end
 
   struct alignas(64) Stage {
     std::atomic<int64_t> taken{0}, done{0};
@@ -160,6 +83,9 @@ struct Step {
   const int32_t *slots, *positions;
 
   static int64_t part(int64_t n, int64_t i, int64_t of) { return n * i / of; }
+  static int64_t panel_part(int64_t n, int64_t i, int64_t of) {  // in whole panels
+    return std::min(part((n + PANEL - 1) / PANEL, i, of) * PANEL, n);
+  }
 
   // Part `i` of `parts` for every part of stage number `stage`, by whichever threads come.
   template <class Do>
@@ -207,8 +133,9 @@ struct Step {
     const int64_t head = query ? unit : key ? unit - d.heads : unit - d.heads - d.kv_heads;
     const Matrix& w = query ? layer.q : key ? layer.k : layer.v;
     const int64_t first = head * width;
-    multiply(w, rows, first, first + width, 0, m,
-             [&](int64_t row, int64_t n, float value) { into[row * width + n - first] = value; });
+    multiply(w, rows, first, first + width, 0, m, [&](int64_t row, int64_t n, int64_t count, const float* values) {
+      std::memcpy(into + row * width + n - first, values, count * sizeof(float));
+    });
     for (int64_t row = 0; row < m; row++) {
       float* x = into + row * width;
       const float* norm = query ? layer.q_norm : key ? layer.k_norm : nullptr;
@@ -233,37 +160,57 @@ struct Step {
       for (int64_t i = 0; i < d.width; i++) ((uint16_t*)cache)[at + i] = narrowed(x[i]);
   }
 
-  void attention(const Layer& layer, int thread, int64_t i, int64_t parts) {
-    const int64_t group = d.heads / d.kv_heads, items = m * d.heads;
-    float* shares = work.own[thread].shares.data();
-    for (int64_t item = part(items, i, parts); item < part(items, i + 1, parts); item++) {
-      const int64_t row = item / d.heads, head = item % d.heads, end = positions[row] + 1;
-      const int64_t begin = d.window && end > d.window ? end - d.window : 0;
-      const int64_t at = place(row, head / group, begin);
-      const float* q = work.q.data() + item * d.width;
-      float* out = work.mixed.data() + item * d.width;
-      if (d.cache_kind == F32)
-        attend(q, (float*)layer.keys + at, (float*)layer.values + at, end - begin, d.width, shares, out);
-      else
-        attend(q, (uint16_t*)layer.keys + at, (uint16_t*)layer.values + at, end - begin, d.width, shares, out);
-    }
+  // Heads of a group, at a few positions of one slot, read the same keys and values.
+  void together() {
+    const int64_t most = std::max<int64_t>(1, QUERIES / (d.heads / d.kv_heads));
+    work.firsts.assign(1, 0);
+    for (int64_t row = 1; row <= m; row++)
+      if (row == m || slots[row] != slots[row - 1] || row - work.firsts.back() == most) work.firsts.push_back(row);
+  }
+
+  void attention(const Layer& layer, int thread, int64_t item) {
+    const int64_t rows = item / d.kv_heads, kv = item % d.kv_heads, group = d.heads / d.kv_heads;
+    Work::Own& own = work.own[thread];
+    Query queries[QUERIES];
+    int64_t count = 0;
+    for (int64_t row = work.firsts[rows]; row < work.firsts[rows + 1]; row++)
+      for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
+        const int64_t end = positions[row] + 1, at = (row * d.heads + head) * d.width;
+        const int64_t begin = d.window && end > d.window ? end - d.window : 0;
+        float* shares = own.shares.data() + count * (d.capacity + 16);
+        queries[count++] = {work.q.data() + at, work.mixed.data() + at, shares, begin, end};
+        if (count == QUERIES) attend_all(layer, queries, count, place(row, kv, 0), own), count = 0;
+      }
+    if (count) attend_all(layer, queries, count, place(work.firsts[rows], kv, 0), own);
+  }
+
+  void attend_all(const Layer& layer, const Query* queries, int64_t count, int64_t at, Work::Own& own) {
+    if (d.cache_kind == F32)
+      attend(queries, count, (float*)layer.keys + at, (float*)layer.values + at, d.width, own.room.data());
+    else
+      attend(queries, count, (uint16_t*)layer.keys + at, (uint16_t*)layer.values + at, d.width, own.room.data());
   }
 
   void add(const Matrix& w, const Rows& rows, int64_t i, int64_t parts) {
-    float* x = work.x.data();
-    multiply(w, rows, part(w.n, i, parts), part(w.n, i + 1, parts), 0, m,
-             [&](int64_t row, int64_t n, float value) { x[row * d.dim + n] += value; });
+    multiply(w, rows, panel_part(w.n, i, parts), panel_part(w.n, i + 1, parts), 0, m,
+             [&](int64_t row, int64_t n, int64_t count, const float* values) {
+               float* x = work.x.data() + row * d.dim + n;
+               for (int64_t c = 0; c < count; c++) x[c] += values[c];
+             });
   }
 
-  void gated(const Layer& layer, const Rows& rows, int64_t i, int64_t parts) {
-    const int64_t blocks = (d.mlp + 15) / 16, ends = d.mlp;
-    float* inner = work.inner.data();
-    for (int64_t b = part(blocks, i, parts); b < part(blocks, i + 1, parts); b++) {
-      const int64_t first = b * 16, last = std::min(first + 16, ends);
-      multiply(layer.gate, rows, first, last, 0, m,
-               [&](int64_t row, int64_t n, float value) { inner[row * d.mlp + n] = activated(value, d.activation); });
-      multiply(layer.up, rows, first, last, 0, m,
-               [&](int64_t row, int64_t n, float value) { inner[row * d.mlp + n] *= value; });
+  void gated(const Layer& layer, const Rows& rows, int thread, int64_t i, int64_t parts) {
+    float* gates = work.own[thread].scratch.data();  // [m, 16]
+    for (int64_t n = panel_part(d.mlp, i, parts), end = panel_part(d.mlp, i + 1, parts); n < end; n += PANEL) {
+      const int64_t last = std::min(n + PANEL, end);
+      multiply(layer.gate, rows, n, last, 0, m, [&](int64_t row, int64_t, int64_t count, float* values) {
+        activate(values, count, d.activation);
+        std::memcpy(gates + row * PANEL, values, count * sizeof(float));
+      });
+      multiply(layer.up, rows, n, last, 0, m, [&](int64_t row, int64_t, int64_t count, const float* values) {
+        float* inner = work.inner.data() + row * d.mlp + n;
+        for (int64_t c = 0; c < count; c++) inner[c] = gates[row * PANEL + c] * values[c];
+      });
     }
   }
 
@@ -277,7 +224,9 @@ struct Step {
     Rows& ends = work.shared[INTO_HEADS][d.head.kind];
     ends.shape(std::max(m, count), d.dim, d.head.kind);
     work.begin(d.depth * 9 + 2);
+    together();
     const int64_t few = 4 * threads, units = d.heads + 2 * d.kv_heads, width = d.heads * d.width, n = d.head.n;
+    const int64_t items = (int64_t(work.firsts.size()) - 1) * d.kv_heads;
 #pragma omp parallel num_threads(threads)
     {
       const int t = omp_get_thread_num();
@@ -289,11 +238,10 @@ struct Step {
         };
         product(stage, INTO_HEADS, work.x.data(), d.dim, layer.attn_norm, layer.q, t, units,
                 [&](const Rows& rows, int64_t i, int64_t) { heads_of(layer, rows, t, i); });
-        const int64_t items = std::min(m * d.heads, few);
-        all(stage + 2, items, [&](int64_t i) { attention(layer, t, i, items); });
+        all(stage + 2, items, [&](int64_t item) { attention(layer, t, item); });
         product(stage + 3, INTO_OUT, work.mixed.data(), width, nullptr, layer.o, t, few, sum(layer.o));
         product(stage + 5, INTO_MLP, work.x.data(), d.dim, layer.mlp_norm, layer.gate, t, few,
-                [&](const Rows& rows, int64_t i, int64_t parts) { gated(layer, rows, i, parts); });
+                [&](const Rows& rows, int64_t i, int64_t parts) { gated(layer, rows, t, i, parts); });
         product(stage + 7, INTO_DOWN, work.inner.data(), d.mlp, nullptr, layer.down, t, few, sum(layer.down));
       }
       all(stage, count, [&](int64_t i) {
@@ -302,8 +250,10 @@ struct Step {
         ends.set(i, scratch, d.head.kind);
       });
       all(stage + 1, 4 * few, [&](int64_t i) {
-        multiply(d.head, ends, part(n, i, 4 * few), part(n, i + 1, 4 * few), 0, count,
-                 [&](int64_t row, int64_t at, float value) { logits[row * n + at] = value; });
+        multiply(d.head, ends, panel_part(n, i, 4 * few), panel_part(n, i + 1, 4 * few), 0, count,
+                 [&](int64_t row, int64_t at, int64_t some, const float* values) {
+                   std::memcpy(logits + row * n + at, values, some * sizeof(float));
+                 });
       });
     }
   }
@@ -314,9 +264,11 @@ extern "C" {
 void* chiasm_work() { return new Work(); }
 void chiasm_free(void* work) { delete (Work*)work; }
 
-// `ids [m]`; `slots`, `positions` `[m]`; logits `[count, vocab]` of the rows `wanted [count]`.
-void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, const int32_t* slots,
-                 const int32_t* positions, const int32_t* wanted, int64_t count, float* logits, int32_t threads) {
+// `ids [m]`, or their vectors `given [m, dim]`; `slots`, `positions` `[m]`; logits `[count, vocab]` of the rows
+// `wanted [count]`.
+void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, const float* given,
+                 const int32_t* slots, const int32_t* positions, const int32_t* wanted, int64_t count, float* logits,
+                 int32_t threads) {
   Work& work = *(Work*)memory;
   Rows::grow(work.x, m * d->dim);
   Rows::grow(work.q, m * d->heads * d->width);
@@ -325,12 +277,15 @@ void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, 
   Rows::grow(work.turns, m * d->rotary);
   if (int64_t(work.own.size()) < threads) work.own.resize(threads);
   for (auto& own : work.own) {
-    Rows::grow(own.scratch, std::max({d->dim, d->heads * d->width, d->mlp, m * d->width}));
-    Rows::grow(own.shares, d->capacity + 16);
+    Rows::grow(own.scratch, std::max({d->dim, d->heads * d->width, d->mlp, m * d->width, m * PANEL}));
+    Rows::grow(own.shares, QUERIES * (d->capacity + 16));
+    Rows::grow(own.room, 16 * (d->width + 15) + 16);
   }
   for (int64_t row = 0; row < m; row++) {
     float* x = work.x.data() + row * d->dim;
-    if (d->embedding_kind == F32)
+    if (given)
+      std::memcpy(x, given + row * d->dim, d->dim * sizeof(float));
+    else if (d->embedding_kind == F32)
       std::memcpy(x, (const float*)d->embedding + ids[row] * d->dim, d->dim * sizeof(float));
     else
       for (int64_t i = 0; i < d->dim; i++) x[i] = widened(((const uint16_t*)d->embedding)[ids[row] * d->dim + i]);
@@ -358,13 +313,21 @@ void chiasm_linear(const Matrix* w, void* memory, int64_t m, const void* x, void
     }
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     for (int64_t m0 = 0; m0 < m; m0 += 128)  // so many activation rows stay in the second cache
-      multiply(*w, rows, Step::part(w->n, thread, all), Step::part(w->n, thread + 1, all), m0, std::min(m0 + 128, m),
-               [&](int64_t row, int64_t n, float value) {
+      multiply(*w, rows, Step::panel_part(w->n, thread, all), Step::panel_part(w->n, thread + 1, all), m0,
+               std::min(m0 + 128, m), [&](int64_t row, int64_t n, int64_t count, const float* values) {
                  if (kind == BF16)
-                   ((uint16_t*)out)[row * w->n + n] = narrowed(value);
+                   for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[row * w->n + n + i] = narrowed(values[i]);
                  else
-                   ((float*)out)[row * w->n + n] = value;
+                   std::memcpy((float*)out + row * w->n + n, values, count * sizeof(float));
                });
   }
+}
+
+// Puts what lies at `start` on large pages: looking up a page of 4 KB takes as long as reading a good part of it.
+void chiasm_large_pages(const void* start, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which older headers lack; a kernel without it refuses
+  madvise((void*)start, bytes, COLLAPSE);
+#endif
 }
 }
