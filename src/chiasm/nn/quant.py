@@ -5,8 +5,8 @@ the nearest; the scale of a group of 4 bits is the one of a few that leaves the 
 rows are rounded to 8 bits while multiplying, with a scale for each 128 (int8) or 64 (int4) of them. Reference for the
 scheme: ggml's Q8_0 and Q4_0, which differ in group sizes.
 
-Packed weights lie in panels of 16 rows, in the order in which the kernels multiply them (``native/matrix.h``). Where the
-compiled kernels are missing, the matrix is widened before each product: right, but slow.
+Packed weights lie in panels of 16 rows, in the order in which the kernels multiply them (``native/matrix.h``). Where
+the compiled kernels are missing, the matrix is widened before each product: right, but slow.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def own_work() -> Work:
 
 
 def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, k]`` → bytes ``[N / 16, K / 4, 16, 4]`` with 128 added, scales ``[N]``; N and K: whole panels and groups."""
+    """``[n, k]`` → bytes ``[N / 16, K / 4, 16, 4]`` with 128 added, scales ``[N]``; N, K: whole panels and groups."""
     weight = F.pad(weight, (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % PANEL))  # [N, K]
     scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
     rounded = (weight / scales.unsqueeze(1)).round().clamp(-127, 127).to(torch.int16) + 128
