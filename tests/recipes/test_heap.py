@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def test_nothing_happens_where_the_system_cannot(monkeypatch):
     for _ in range(5):
         silent.stepped()
     assert not trims
+
+
+def test_the_cache_of_kernels_is_bounded_unless_the_user_says_otherwise(monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "7")
+    heap.few_kernels()
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    heap.few_kernels()
+    assert os.environ[name] == str(heap.KERNELS)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux's C library")

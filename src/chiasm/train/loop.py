@@ -30,7 +30,7 @@ from chiasm.errors import CheckpointError, ChiasmError, ConfigError, DataError
 from chiasm.train import checkpoint, optim, speed, together
 from chiasm.train.best import Best
 from chiasm.train.distributed import ALONE, Alone
-from chiasm.train.heap import Heap
+from chiasm.train.heap import Heap, few_kernels
 from chiasm.train.log import Bars, JsonLog, print_plan
 from chiasm.train.objectives.base import Objective, StepObjective, objective
 from chiasm.train.plan import Plan, apply, prepare, resolve, set_modes
@@ -128,6 +128,7 @@ class StageRun:
 
     def fit(self, resume: bool = False) -> None:
         """Run the stage from its first step, or from its newest checkpoint."""
+        few_kernels()
         prepare(self.model, self.stage.table(), self.seed)
         apply(self.model, self.plan)
         mark = checkpoint.digest(self.model, self.plan.rates)
