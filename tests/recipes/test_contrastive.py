@@ -150,6 +150,21 @@ def test_equal_texts(name, duplicates, sizes):
         assert abs(mean - expected(name, batch(0, 8, equal), same)[0]) > 1e-3, "the choice matters"
 
 
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("duplicates", ["negatives", "positives", "left_out"])
+def test_equal_pictures(name, duplicates):
+    """Two captions of one picture: each is right for the other's row too, or is not compared with it."""
+    whole = batch(0, 8)
+    whole.media["image"].inputs[[3, 6]] = whole.media["image"].inputs[1].clone()
+    same = torch.eye(8, dtype=torch.bool)
+    same[torch.tensor([[1], [3], [6]]), torch.tensor([1, 3, 6])] = True
+    mean, slopes = expected(name, whole, same, duplicates)
+    model = Towers()
+    loss = objective({"type": name, "duplicates": duplicates, "chunk": 3})(model, whole)
+    (loss.total / loss.weight).backward()
+    assert abs(float(loss.total.detach()) / loss.weight - mean) < 1e-9 and apart(gradients(model), slopes) < 1e-9
+
+
 def test_keys_tell_what_the_model_sees():
     one = batch(0, 6, (0, 3))
     one.media["image"].inputs[4] = one.media["image"].inputs[1]
@@ -221,7 +236,7 @@ def on_ranks(folder: Path) -> dict:
     with distributed.started("cpu", patience=150) as ranks:
         for name in BOTH:
             for sizes in CUTS:
-                for duplicates in ("negatives", "positives"):
+                for duplicates in ("negatives", "positives", "left_out"):
                     options = {"duplicates": duplicates, "chunk": 3}
                     mean, slopes, _ = step(name, sizes, (0, 2, 5), ranks, **options)
                     if ranks.count > 1:
