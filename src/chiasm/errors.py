@@ -37,6 +37,10 @@ class FingerprintError(CheckpointError):
     """The prompt or the pixels of a checkpoint are no longer those it was saved with."""
 
 
+class NumberError(ChiasmError):
+    """Scores or vectors that a model gave and that are NaN or infinite."""
+
+
 MANY = 40  # names are told of in one error
 
 

@@ -69,6 +69,11 @@ def get(kind: str, name: str) -> Any:
     return table[name]
 
 
+def kinds_of(item: Any) -> list[str]:
+    """The kinds that an object is registered as so far."""
+    return [kind for kind, table in _entries.items() if any(item is entry for entry in table.values())]
+
+
 def names(kind: str) -> list[str]:
     """All registered names of a kind, sorted."""
     table = _table(kind)

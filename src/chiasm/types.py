@@ -200,6 +200,10 @@ class Sample:
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
 
+    def __repr__(self) -> str:
+        media = "".join(f", {item.kind} of {shaped(item.inputs)}" for item in self.media)
+        return f"Sample({self.id!r}, {len(self)} tokens, {int(self.loss_mask.sum())} of them targets{media})"
+
 
 @dataclass
 class Condition:
@@ -243,6 +247,11 @@ class Batch:
     masked_ids: Tensor | None = None  # [B, T] long: input_ids with hidden words
     masked: Tensor | None = None  # [B, T] bool: which are hidden
     answers: Answers | None = None  # what people answered, for models that write answers
+
+    def __repr__(self) -> str:
+        media = "".join(f", {len(m.layouts)} x {kind} in {shaped(m.inputs)}" for kind, m in self.media.items())
+        held, targets = int((self.segment_ids != 0).sum()), int(self.loss_mask.sum())
+        return f"Batch({shaped(self.input_ids)} positions, {held} hold tokens, {targets} are targets{media})"
 
     def to(self, device: Any, dtype: Any = None) -> Batch:
         """A copy on ``device``; floating media tensors also change to ``dtype``."""
@@ -318,6 +327,16 @@ class Output:
     states: Tensor | None = None
     head: Callable[[Tensor], Tensor] | None = None
     named: dict[str, Any] = field(default_factory=dict)  # "image/features", "image/projected", "image/merged", ...
+
+    def __repr__(self) -> str:
+        given = ("hidden", "logits", "targets", "states")
+        told = [f"{name} {shaped(getattr(self, name))}" for name in given if getattr(self, name) is not None]
+        return f"Output({', '.join([*told, *self.named])})"
+
+
+def shaped(x: Tensor) -> str:
+    """The shape of a tensor, in words."""
+    return "[" + ", ".join(map(str, x.shape)) + "]"
 
 
 # ---------------------------------------------------------------------------------------------------------- counting

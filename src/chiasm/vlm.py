@@ -19,7 +19,7 @@ from chiasm.checkpoints import folder as own
 from chiasm.checkpoints.hub import local_folder
 from chiasm.checkpoints.parts import load_part
 from chiasm.checkpoints.vocabulary import check_vocabulary
-from chiasm.compose import as_device, build_model, check_counts, install
+from chiasm.compose import as_device, as_dtype, build_model, check_counts, install
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
@@ -235,8 +235,8 @@ class Chat:
 
     def say(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> str:
         """One turn with pictures and clips before its text; the answer. A turn that fails is not remembered."""
-        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-        content += [{"type": "video", "video": video} for video in videos]
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in _several(images)]
+        content += [{"type": "video", "video": video} for video in _several(videos)]
         content.append({"type": "text", "text": text})
         turn = {"role": "user", "content": content}
         answer = self.vlm.generate([*self.messages, turn], **{**self.options, **options})
@@ -246,6 +246,11 @@ class Chat:
     def clear(self) -> None:
         """Forget everything but the system prompt."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+
+def _several(media: Any) -> Sequence[Any]:
+    """Media as a list: one alone (a path, bytes, a picture) is a list of one."""
+    return media if isinstance(media, list | tuple) else [media]
 
 
 # ------------------------------------------------------------------------------------------------------ build and load
@@ -262,6 +267,8 @@ def build(
     On ``"meta"`` it has shapes but no memory, and no weights are read. ``tokenizer`` (an object or a folder) overrides
     that of the configuration; without one the model has no processor. Raises ConfigError or CheckpointError.
     """
+    if isinstance(config, str):
+        raise ConfigError(f"build takes a configuration: chiasm.build(chiasm.preset({config!r}))")
     config, device = VLMConfig.parse(config), as_device(device) or torch.device("cpu")
     source = tokenizer if tokenizer is not None else config.tokenizer
     if source is not None and not isinstance(source, Tokenizer):
@@ -314,13 +321,14 @@ def load(
         of_base = {"ignore_fingerprint": ignore_fingerprint, "template": template, "vision_tower": vision_tower}
         return registry.get("adapter", "folder")(path, None, dtype, device, allow_pickle=allow_pickle, **of_base)
     values = table_of(path)
+    options = Options(template, None if vision_tower is None else Path(vision_tower), allow_pickle)
     if own.is_own(values):
+        options.for_none(path)
         config, model, processor = own.load(
             path, values, as_dtype(dtype), device, ignore_fingerprint, allow_pickle=allow_pickle
         )
         return VLM(config, model, processor).eval()
-    options = Options(template, None if vision_tower is None else Path(vision_tower), allow_pickle)
-    found = reader_of(values, path).read(path, values, options)
+    found = reader_of(values, path).start(path, values, options)
     tokenizer = Silent() if found.tokenizer is None else Tokenizer.from_folder(found.tokenizer)
     model, dropped = own.filled(found.config, found.weights, found.rules, as_dtype(dtype), device)
     note = f"read from {name} (transformers or original layout)"
@@ -361,16 +369,6 @@ def reader_of(values: Any, path: Path) -> Reader:
         "tower alone is read into a composed model: weights: {lm: FOLDER} in its configuration, or "
         "vlm.load_part('lm', FOLDER)"
     )
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch type from its name. Raises ConfigError."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"unknown dtype {dtype!r}; {nearest(dtype, ['float32', 'bfloat16', 'float16', 'float64'])}")
-    return found
 
 
 def unit_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:

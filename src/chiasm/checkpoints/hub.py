@@ -21,6 +21,8 @@ NOT = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, i
 def local_folder(name: str | Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder called ``name``, or of the hub's model of that name. Raises CheckpointError."""
     path = checked(name)
+    if path.is_dir() and revision is not None:
+        raise CheckpointError(f"{path} is a folder of this machine, which has no revision {revision!r}; leave it out")
     return path if path.is_dir() else _snapshot(str(name), revision, allow_pickle)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from chiasm.errors import DataError
 from chiasm.infer.constraints import Constraint, State
 from chiasm.infer.request import Piece, TokenLogprob
-from chiasm.infer.sampling import Sampler, Sampling, penalise
+from chiasm.infer.sampling import Sampler, Sampling, check_finite, penalise
 from chiasm.infer.stream import StopStrings, TextStream
 from chiasm.infer.words import Words
 
@@ -69,10 +69,13 @@ class Writer:
         return self.sampling.ignore_eos or len(self.ids) < self.sampling.min_tokens
 
     def choose(self, logits: Tensor) -> int:
-        """The next token of ``logits [V]`` float32."""
+        """The next token of ``logits [V]`` float32. Raises NumberError where they are NaN or infinite."""
         if self.plain:
-            return int(logits.argmax())
+            best = int(logits.argmax())
+            check_finite(float(logits[best]))
+            return best
         scores = logits.detach().cpu()
+        check_finite(float(scores.max()))
         if self._seen is not None:
             scores = penalise(scores.unsqueeze(0), self._seen, self.sampling.repetition_penalty)[0]
         if self._counts is not None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from chiasm.infer.sampling import check_finite
+
 IMPOSSIBLE = -1e9
 
 
@@ -41,6 +43,7 @@ class Beams:
         totals = (log_probabilities + self.scores.to(log_probabilities.device).unsqueeze(1)).flatten()  # [n*V]
         best, places = totals.topk(min(self.spare, len(totals)))  # [spare]
         best, places = best.cpu(), places.cpu()
+        check_finite(float(best[0]))
         parents, tokens = (places // vocab).tolist(), (places % vocab).tolist()
         answers = [[*self.running[parent], token] for parent, token in zip(parents, tokens, strict=True)]
         ended = [self.ends(answer) for answer in answers]

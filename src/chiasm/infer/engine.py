@@ -307,7 +307,12 @@ class Run:
 
 
 def is_conversation(value: Sequence[Any]) -> bool:
-    """Whether ``value`` is one list of messages, not a list of such lists."""
+    """Whether ``value`` is one list of messages, not a list of such lists. Raises DataError where it is neither."""
+    if isinstance(value, str | Mapping | Message) or not isinstance(value, Sequence):
+        raise DataError(
+            f"a conversation is a list of messages, got {type(value).__name__}; write "
+            '[{"role": "user", "content": "..."}]'
+        )
     return bool(value) and isinstance(value[0], (Message, Mapping))
 
 

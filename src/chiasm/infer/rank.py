@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from chiasm.errors import ConfigError, DataError
+from chiasm.errors import ConfigError, DataError, NumberError
 from chiasm.fusion.base import Fusion
 from chiasm.nn.modes import evaluating
 from chiasm.processing.messages import parse
@@ -76,6 +76,11 @@ def likelihoods(model: Fusion, batch: Batch) -> list[tuple[float, int]]:
     chances = output.logits.float().log_softmax(dim=-1)  # [n, V]
     each = chances.gather(1, output.targets.unsqueeze(1)).squeeze(1).double()  # [n]
     sums = each.new_zeros(len(batch.ids)).index_add(0, output.target_rows, each)  # [B]
+    if bool(sums.isnan().any()):
+        raise NumberError(
+            "the likelihoods of the answers are NaN: in float16 the model's numbers may be too large (load it with "
+            "dtype bfloat16 or float32), or a weight of it is broken"
+        )
     counts = torch.bincount(output.target_rows, minlength=len(batch.ids))
     return list(zip(sums.tolist(), counts.tolist(), strict=True))
 

@@ -9,6 +9,7 @@ batch is sampled as it would be alone.
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -16,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from chiasm.config import Config
+from chiasm.errors import NumberError
 
 
 class Sampling(Config):
@@ -113,6 +115,15 @@ class Sampler:
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
         self.generators = [self.generators[row] for row in rows]
+
+
+def check_finite(highest: float) -> None:
+    """Raises NumberError where the highest score of a next token is no number: any choice would be arbitrary."""
+    if not math.isfinite(highest):
+        raise NumberError(
+            "the model's scores of the next token are NaN or infinite: in float16 its numbers may be too large (load "
+            "it with dtype bfloat16 or float32), or a weight of it is broken"
+        )
 
 
 def fresh_seed() -> int:

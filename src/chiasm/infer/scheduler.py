@@ -22,6 +22,7 @@ from chiasm.infer.answer import Writer, guess
 from chiasm.infer.kept import Kept
 from chiasm.infer.prompt import Prompt, chain
 from chiasm.infer.request import Finish, Piece
+from chiasm.infer.sampling import check_finite
 from chiasm.infer.slots import Run, Slots
 from chiasm.infer.steps import Steps
 from chiasm.types import Batch
@@ -265,16 +266,21 @@ class Scheduler:
             guesses = self._guesses(job, slots.length - place - 1)
             runs.append(Run(job.slot, place, [last, *guesses], None, "all"))
         logits = slots.run(runs)  # [sum of run lengths, V]
-        best = logits.argmax(dim=-1).tolist()
+        best = logits.argmax(dim=-1)  # [sum of run lengths]
+        highest = logits.gather(1, best.unsqueeze(1)).squeeze(1).tolist()
+        chosen = list(zip(best.tolist(), highest, strict=True))
         row = 0
         for job, run in zip(jobs, runs, strict=True):
-            self._guarded(job, lambda job, row=row, run=run: self._accept(job, run, logits, best, row))  # type: ignore[misc]
+            self._guarded(job, lambda job, row=row, run=run: self._accept(job, run, logits, chosen, row))  # type: ignore[misc]
             row += len(run.ids)
 
-    def _accept(self, job: Job, run: Run, logits: Tensor, best: list[int], row: int) -> None:
+    def _accept(self, job: Job, run: Run, logits: Tensor, best: list[tuple[int, float]], row: int) -> None:
         writer = job.writer
         for offset in range(len(run.ids)):
-            token = best[row + offset] if writer.plain else writer.choose(logits[row + offset])
+            token, highest = best[row + offset]
+            check_finite(highest)
+            if not writer.plain:
+                token = writer.choose(logits[row + offset])
             self._take(job, token)
             right = offset + 1 < len(run.ids) and run.ids[offset + 1] == token
             self.totals["guessed_right"] += right

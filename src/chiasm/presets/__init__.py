@@ -7,6 +7,9 @@ for record in presets(): print(record.name, record.parameters, record.paper)
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 from chiasm import registry
 from chiasm.model_config import VLMConfig
 from chiasm.presets import (
@@ -94,3 +97,14 @@ def presets() -> list[Preset]:
     entries = (registry.get("preset", name) for name in registry.names("preset"))
     records = [entry for entry in entries if isinstance(entry, Preset)]
     return sorted(records, key=lambda r: (r.system.released, r.family, r.parameters))
+
+
+class _Listed(ModuleType):
+    """``chiasm.presets`` is this package, and called, it is its function: the two share their name."""
+
+    def __call__(self) -> list[Preset]:
+        """All published systems."""
+        return presets()
+
+
+sys.modules[__name__].__class__ = _Listed

@@ -7,13 +7,13 @@ the name of the folder or of a file in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from chiasm.convert.io import Weights, open_weights, read_json, refuse_program
 from chiasm.convert.rules import AnyRule
-from chiasm.errors import CheckpointError
+from chiasm.errors import CheckpointError, ConfigError
 from chiasm.model_config import VLMConfig
 
 OPEN_CLIP = "open_clip_config.json"
@@ -43,6 +43,12 @@ class Options:
     vision_tower: Path | None = None  # the tower's folder, where the checkpoint does not hold it
     allow_pickle: bool = False
 
+    def for_none(self, folder: Path) -> None:
+        """Raises ConfigError where something is added to a folder that says all of it about itself."""
+        for name in ("template", "vision_tower"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{folder} holds its own {name.replace('_', ' ')}; leave {name}= out")
+
 
 @dataclass
 class Checkpoint:
@@ -70,10 +76,17 @@ class Reader:
     name: ClassVar[str]
     layout: ClassVar[str] = ""  # the export format that this reader's layout is one of; its own name where empty
     of_towers: ClassVar[bool] = False  # a folder's picture tower is also read by itself, into other models
+    takes_tower: ClassVar[bool] = False  # a folder may lack its tower, which a caller names then
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Whether a ``config.json`` with these values is of this layout."""
         raise NotImplementedError
+
+    def start(self, folder: Path, values: Mapping[str, Any], options: Options) -> Checkpoint:
+        """``read``, where the options are for such a folder. Raises ConfigError where they are not."""
+        if not self.takes_tower:
+            replace(options, template=None).for_none(folder)
+        return self.read(folder, values, options)
 
     def read(self, folder: Path, values: Mapping[str, Any], options: Options) -> Checkpoint:
         """Everything but the tensors themselves. Raises CheckpointError or ConfigError."""

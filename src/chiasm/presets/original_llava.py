@@ -58,6 +58,7 @@ class OriginalLlava(Reader):
     """The layout in which LLaVA's authors publish their checkpoints."""
 
     name = "llava"
+    takes_tower = True
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """By the key that names the tower, which no other layout has."""
