@@ -55,7 +55,7 @@ def curve(lines: Sequence[Line], label: str) -> Markup:
             parts.append(_path(f"{line.kind} raw", [place(x, y) for x, y in line.points]))
         points = _smoothed(line.points) if line.smooth else line.points
         parts.append(_path(line.kind, [place(x, y) for x, y in points]))
-        if not line.smooth:
+        if not line.smooth or len(points) == 1:  # one point is no path
             dots = (place(x, y) for x, y in points)
             parts += [f'<circle class="{line.kind}" cx="{h:.1f}" cy="{v:.1f}" r="2.6"/>' for h, v in dots]
     return Markup("\n".join([*parts, "</svg>"]))  # numbers and our own words only: the label is escaped in _open
