@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,4 +20,23 @@ def command(recipe: Path, overrides: tuple[str, ...], tiny: bool, resume: bool) 
     from chiasm.config import parse_overrides
     from chiasm.train import load_recipe, train
 
-    train(load_recipe(recipe, parse_overrides(overrides), tiny=tiny), resume=resume)
+    loaded = load_recipe(recipe, parse_overrides(overrides), tiny=tiny)
+    try:
+        train(loaded, resume=resume)
+    except KeyboardInterrupt:
+        click.echo(_stopped(loaded), err=True)
+        raise SystemExit(130) from None
+
+
+def _stopped(recipe: Any) -> str:
+    """What a run that was stopped by hand left, and how to go on."""
+    from chiasm.train.checkpoint import checkpoints
+
+    folders = [Path(recipe.out) / stage.name for stage in recipe.stages]
+    finished = [folder.name for folder in folders if (folder / "done.json").is_file()]
+    kept = [path for folder in folders for path in checkpoints(folder / "checkpoints")]
+    if kept:
+        return f"Stopped. The newest checkpoint is {kept[-1]}: the same command with --resume goes on from it"
+    if finished:
+        return f"Stopped. Finished before: {', '.join(finished)}; the same command with --resume goes on after it"
+    return "Stopped. There is no checkpoint to go on from: a stage's save_every says how often one is written"
