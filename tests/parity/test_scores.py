@@ -24,9 +24,10 @@ def run(function, q, k, v, slope) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_written_out_equals_the_kernel(causal: bool, kv_heads: int):
+@pytest.mark.parametrize("length", [33, 32, 2])  # filled up by 15, by nothing, by 14
+def test_written_out_equals_the_kernel(causal: bool, kv_heads: int, length: int):
     """In float32 the two are one function; forwards and backwards."""
-    tensors = values(torch.float32, 4, kv_heads)
+    tensors = values(torch.float32, 4, kv_heads, length)
     ours = run(lambda *x: _Written.apply(*x, causal), *tensors)
     theirs = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True), *tensors)
     for a, b in zip(ours, theirs, strict=True):

@@ -19,6 +19,10 @@ from chiasm.nn import kernels
 LONGEST = 768
 """Positions beyond which the kernel, which never holds all scores, is used again."""
 
+STEP = 16
+"""Causal attention fills lengths up to a multiple of this: every other shape of a product is a kernel that has to be
+made, and that stays in memory; lengths of conversations are all different."""
+
 
 def merged(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, causal: bool) -> Tensor:
     """``q``, ``k``, ``v [B, N, H·Dh]``, ``mask [B, N]`` (True: may be attended to) or None → ``[B, N, H·Dh]``."""
@@ -51,29 +55,38 @@ class _Written(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         """``q [B, H, T, Dh]``, ``k`` and ``v`` ``[B, H_kv, T, Dh]`` → ``[B, H, T, Dh]``."""
-        length, groups = q.shape[2], q.shape[1] // k.shape[1]
-        rows = q.reshape(-1, groups * length, q.shape[3])  # [B*H_kv, G*T, Dh]
-        keys, values = k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])  # [B*H_kv, T, Dh]
-        scale = q.shape[3] ** -0.5
+        batch, heads, length, dim = q.shape
+        kv_heads, wide = k.shape[1], -(-length // STEP) * STEP if causal else length
+        q, k, v = (_filled(x, wide) for x in (q, k, v))  # no position looks at those behind it
+        groups = heads // kv_heads
+        rows = q.reshape(-1, groups * wide, dim)  # [B*H_kv, G*T, Dh]
+        keys, values = k.reshape(-1, wide, dim), v.reshape(-1, wide, dim)  # [B*H_kv, T, Dh]
+        scale = dim**-0.5
         if causal:
-            later = q.new_full((length, length), float("-inf")).triu_(1).repeat(groups, 1)  # [G*T, T]
+            later = q.new_full((wide, wide), float("-inf")).triu_(1).repeat(groups, 1)  # [G*T, T]
             scores = torch.baddbmm(later.expand(len(rows), -1, -1), rows, keys.mT, alpha=scale)
         else:
             scores = torch.bmm(rows * scale, keys.mT)  # [B*H_kv, G*T, T]
         shares = torch.softmax(scores, -1)  # [B*H_kv, G*T, T]
         ctx.save_for_backward(rows, keys, values, shares)
-        ctx.scale, ctx.shapes = scale, (q.shape, k.shape, v.shape)
-        return torch.bmm(shares, values).view(q.shape)  # [B, H, T, Dh]
+        ctx.scale, ctx.sizes = scale, (batch, (heads, kv_heads, kv_heads), length, wide)
+        return torch.bmm(shares, values).view(batch, heads, wide, dim)[:, :, :length]  # [B, H, T, Dh]
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         """``slopes[0] [B, H, T, Dh]`` → the gradients of ``q``, ``k`` and ``v``."""
         rows, keys, values, shares = ctx.saved_tensors
-        out = slopes[0].reshape(rows.shape)  # [B*H_kv, G*T, Dh]
+        batch, heads, length, wide = ctx.sizes
+        out = _filled(slopes[0], wide).reshape(rows.shape)  # [B*H_kv, G*T, Dh]
         of_values = torch.bmm(shares.mT, out)  # [B*H_kv, T, Dh]
         of_shares = torch.bmm(out, values.mT)  # [B*H_kv, G*T, T]
         of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
         of_rows = torch.bmm(of_scores, keys).mul_(ctx.scale)
         of_keys = torch.bmm(of_scores.mT, rows).mul_(ctx.scale)
-        found = zip((of_rows, of_keys, of_values), ctx.shapes, strict=True)
-        return *(gradient.view(shape) for gradient, shape in found), None
+        found = zip((of_rows, of_keys, of_values), heads, strict=True)
+        return *(gradient.view(batch, h, wide, -1)[:, :, :length] for gradient, h in found), None
+
+
+def _filled(x: Tensor, wide: int) -> Tensor:
+    """``x [B, H, T, Dh]`` → ``[B, H, wide, Dh]``, with zeros behind."""
+    return x if x.shape[2] == wide else F.pad(x, (0, 0, 0, wide - x.shape[2]))
