@@ -1,13 +1,14 @@
 """Inference: Chiasm's engine against transformers' ``generate`` on the same weights, pictures and questions.
 
     python benchmarks/infer.py                          # 135M: tables and JSON in benchmarks/results
-    python benchmarks/infer.py --shape 0.5B --threads 2
+    python benchmarks/infer.py --shape 0.5B --threads 2 --output benchmarks/results/infer-0.5B
     python benchmarks/infer.py --clock cpu --threads 1  # a busy machine: processor seconds, which others disturb little
 
-Both peers run in one process, in turns, with the same number of threads; each time is the best of some runs. The share
-of bandwidth is the bytes of the weights that a token reads, times tokens per second, over the read bandwidth measured
-in the same run. Weights are random, so answers are as long as asked for; quality is that of int8 and int4 against the
-bf16 model, where random weights are a hard case (distributions are flat).
+All peers run in one process, in turns, with the same number of threads; each time is the best of some runs. llama.cpp
+is one of them where ``gguf`` and ``llama-cpp-python`` are installed: it gets the same decoder's weights and the ids of
+the same prompt of text. The share of bandwidth is the bytes of the weights that a token reads, times tokens per second,
+over the read bandwidth measured in the same run. Weights are random, so answers are as long as asked for; quality is
+that of int8 and int4 against the bf16 model, where random weights are a hard case (distributions are flat).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from infer_peers import LlamaCpp, missing, write_gguf
 from machine import limits
 from PIL import Image
-from train_data import SHAPES, write_model
+from train_data import SHAPES, WORDS, write_model
 
 import chiasm
 from chiasm.infer.sampling import Sampling
@@ -50,7 +52,9 @@ QUESTIONS = [
     *("is the cat left of the tree", "what stands behind the window", "which number is on the old boat"),
     *("what lies under the table", "who walks near the water", "is the sky bright or dark"),
 ]
-DECODED, SHORT = 64, 16
+DECODED, SHORT, PROMPT = 64, 16, 230
+WHOLE = f"request of {PROMPT} + {DECODED} tokens of text, s"
+GUESSES = 7
 
 
 class Clock:
@@ -95,6 +99,18 @@ class Transformers:
             found = self.model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         self.processor.batch_decode(found[:, inputs["input_ids"].shape[1] :])
 
+    def write(self, text: str, ids: list[int], tokens: int) -> None:
+        """One request of text only, given as ids."""
+        prompt = torch.tensor([ids])
+        with torch.inference_mode():
+            self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+            )
+
     def many(self, image: Image.Image, questions: list[str], tokens: int) -> None:
         """One call after the other."""
         for question in questions:
@@ -114,14 +130,19 @@ class Ours:
         for kept in (self.service.prefixes, self.service.features):
             kept.clear()
 
-    def ask(self, image: Image.Image, question: str, tokens: int) -> Any:
+    def ask(self, image: Image.Image | None, question: str, tokens: int, guesses: int = 0) -> Any:
         """Submit one request."""
-        sampling = Sampling.parse({"max_new_tokens": tokens, "ignore_eos": True})
-        return self.service.submit(Request([Message("user", (Picture(image), Text(question)))], sampling))
+        sampling = Sampling.parse({"max_new_tokens": tokens, "ignore_eos": True, "prompt_lookup": guesses})
+        parts = (Text(question),) if image is None else (Picture(image), Text(question))
+        return self.service.submit(Request([Message("user", parts)], sampling))
 
     def answer(self, image: Image.Image, question: str, tokens: int) -> None:
         """One whole request, from picture to text."""
         self.ask(image, question, tokens).result()
+
+    def write(self, text: str, ids: list[int], tokens: int, guesses: int = 0) -> None:
+        """One request of text only."""
+        self.ask(None, text, tokens, guesses).result()
 
     def many(self, image: Image.Image, questions: list[str], tokens: int) -> None:
         """All at once."""
@@ -140,8 +161,20 @@ class Ours:
         return total + (0 if head is None else head.numel() * head.element_size())
 
 
-def measure(peer: Any, clock: Clock) -> dict[str, float]:
-    """First token, each further token, a second question, ten questions."""
+def prompt_of(vlm: Any, length: int) -> tuple[str, list[int]]:
+    """A question of words whose whole prompt has ``length`` ids, and those ids."""
+    draw, text, ids = np.random.default_rng(0), "", []
+    while len(ids) < length:
+        kept, text = text, f"{text} {draw.choice(WORDS)}"
+        batch = vlm.processor.batch([[Message("user", (Text(text),))]], add_generation_prompt=True)
+        ids = batch.input_ids[0].tolist()
+        text = kept if len(ids) > length else text
+        ids = [] if len(ids) > length else ids
+    return text, ids
+
+
+def measure(peer: Any, clock: Clock, text: str, ids: list[int]) -> dict[str, float]:
+    """First token, each further token, a second question, ten questions, a whole request of text."""
     fresh = getattr(peer, "forget", lambda: None)
     image, (first, second) = picture(1), QUESTIONS[:2]
     peer.answer(image, first, 2)  # warms up
@@ -158,6 +191,10 @@ def measure(peer: Any, clock: Clock) -> dict[str, float]:
         fresh()
         peer.many(image, QUESTIONS, SHORT)
 
+    def written(_: int) -> None:
+        fresh()
+        peer.write(text, ids, DECODED)
+
     once, all_of_it = clock.best(begin), clock.best(whole)
     return {
         "first token, ms": once * 1e3,
@@ -165,6 +202,45 @@ def measure(peer: Any, clock: Clock) -> dict[str, float]:
         f"whole request of {1 + DECODED} tokens, s": all_of_it,
         "second question, first token, ms": clock.best(lambda n: peer.answer(image, f"{second} {n}", 1)) * 1e3,
         f"ten questions on one picture, {SHORT} tokens each, s": clock.best(ten),
+        WHOLE: clock.best(written),
+    }
+
+
+def looked_up(peer: Ours, clock: Clock, text: str, ids: list[int]) -> str:
+    """The request of text once more, guessing what follows from what was said before."""
+    before = dict(peer.service.scheduler.totals)
+
+    def run(_: int) -> None:
+        peer.forget()
+        peer.write(text, ids, DECODED, GUESSES)
+
+    spent, now = clock.best(run), peer.service.scheduler.totals
+    guessed, right = (now[name] - before[name] for name in ("guessed", "guessed_right"))
+    return f"{spent:.3g} s, {right} of {guessed} guesses right"
+
+
+def llama(lm: Any, kind: str, threads: int, clock: Clock, ids: list[int], bandwidth: float) -> dict[str, float]:
+    """llama.cpp on the same weights: a token after the prompt, and the request of text."""
+    with tempfile.TemporaryDirectory() as place:
+        write_gguf(lm, Path(place) / "model.gguf", kind)
+        peer = LlamaCpp(Path(place) / "model.gguf", threads)
+        with torch.inference_mode():
+            at = torch.arange(len(ids)).unsqueeze(0)
+            hidden = lm(lm.embed(torch.tensor([ids])), at, torch.ones_like(at))  # [1, T, D]
+            ours = lm.head(hidden[0, -1]).float()  # [V]
+        alike = float(np.corrcoef(ours.numpy(), peer.begin(ids))[0, 1])
+        assert alike > (0.85 if kind == "Q4_0" else 0.99), (
+            f"llama.cpp computes something else: correlation of logits {alike:.3f}"
+        )
+        once, whole = clock.best(lambda _: peer.answer(ids, 1)), clock.best(lambda _: peer.answer(ids, DECODED))
+        token, weights = (whole - once) / (DECODED - 1), peer.weight_bytes()
+        peer.close()
+    share = weights / 1e9 / token / bandwidth
+    return {
+        "token, ms": token * 1e3,
+        WHOLE: whole,
+        "share of bandwidth": share,
+        "weights read a token, MB": weights / 1e6,
     }
 
 
@@ -208,23 +284,30 @@ def bandwidth_of(clock: Clock) -> float:
     return 4 * x.numel() * 4 / 1e9 / clock.best(lambda _: [x.sum() for _ in range(4)])
 
 
-def run(shape: str, threads: int, clock: Clock, bits: list[str]) -> dict[str, Any]:
+def run(shape: str, threads: int, clock: Clock, chosen: argparse.Namespace) -> dict[str, Any]:
     """All peers on one shape."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_model(folder, shape)
         bandwidth = bandwidth_of(clock)
-        rows: dict[str, dict[str, Any]] = {"transformers bf16": measure(peer := Transformers(folder), clock)}
-        del peer
         plain = chiasm.load(folder, dtype="bfloat16")
-        for how in ("bf16", *bits):
+        text, ids = prompt_of(plain, PROMPT)
+        rows: dict[str, dict[str, Any]] = {"transformers bf16": measure(peer := Transformers(folder), clock, text, ids)}
+        print(json.dumps(rows), flush=True)
+        del peer
+        for kind in [] if missing() else chosen.llama:
+            rows[f"llama.cpp {kind}"] = llama(plain.model.lm, kind, threads, clock, ids, bandwidth)
+            print(json.dumps({kind: rows[f"llama.cpp {kind}"]}), flush=True)
+        for how in ("bf16", *chosen.bits):
             vlm = plain if how == "bf16" else chiasm.VLM(plain.config, copy.deepcopy(plain.model), plain.processor)
             told = {}
             if how != "bf16":
                 quantize_lm(vlm.model, how)
                 told["quality"] = gate(plain, vlm)
             peer = Ours(f"chiasm {how}", vlm, threads)
-            row = measure(peer, clock) | (mixed(peer, clock) if how == "bf16" else {})
+            row: dict[str, Any] = measure(peer, clock, text, ids)
+            row |= {"prompt lookup": looked_up(peer, clock, text, ids)}
+            row |= mixed(peer, clock) if how in chosen.mixed else {}
             weights = peer.weight_bytes()
             row |= {"weights read a token, MB": weights / 1e6, **told}
             row["share of bandwidth"] = weights / 1e9 / (row["token, ms"] / 1e3) / bandwidth
@@ -240,14 +323,20 @@ def table(found: dict[str, Any]) -> str:
     names = list(base)
     lines = [f"| {found['shape']} | " + " | ".join(names) + " | share of bandwidth |", "|---" * (len(names) + 2) + "|"]
     for peer, row in found["rows"].items():
-        cells = [f"{row[n]:.3g} ({base[n] / row[n]:.2f}×)" for n in names]
+        cells = [f"{row[n]:.3g} ({base[n] / row[n]:.2f}×)" if n in row else "" for n in names]
         share = f"{row['share of bandwidth']:.0%}" if "share of bandwidth" in row else ""
         lines.append(f"| {peer} | " + " | ".join(cells) + f" | {share} |")
     lines.append("")
+    if missing():
+        lines.append(f"- llama.cpp was left out: {' and '.join(missing())} not installed.")
     for peer, row in found["rows"].items():
         if peer.startswith("chiasm"):
             second = row["second question, first token, ms"] / row["first token, ms"]
             lines.append(f"- {peer}: the second question's first token takes {second:.2f} of the first's time.")
+            lines.append(f"- {peer} with prompt lookup, the request of text: {row['prompt lookup']}.")
+        if peer.startswith("chiasm") and "llama.cpp Q8_0" in found["rows"]:
+            ratio = found["rows"]["llama.cpp Q8_0"][WHOLE] / row[WHOLE]
+            lines.append(f"- {peer}: the request of text is {ratio:.2f}× as fast as llama.cpp's Q8_0.")
         if "16 mixed requests at once, s" in row:
             ratio = row["16 mixed requests one by one, s"] / row["16 mixed requests at once, s"]
             lines.append(f"- {peer}: 16 mixed requests at once are {ratio:.2f}× as fast as one by one.")
@@ -264,18 +353,20 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bits", nargs="*", default=["int8", "int4"])
+    parser.add_argument("--mixed", nargs="*", default=["bf16", "int8"], help="types that answer sixteen mixed requests")
+    parser.add_argument("--llama", nargs="*", default=["BF16", "Q8_0", "Q4_0"], help="types of llama.cpp's weights")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "infer")
     parser.add_argument("--note", default="")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     clock = Clock(chosen.clock, chosen.repeats)
-    found = [run(shape, chosen.threads, clock, chosen.bits) for shape in chosen.shape or ["135M"]]
+    found = [run(shape, chosen.threads, clock, chosen) for shape in chosen.shape or ["135M"]]
     record = {"machine": limits(), "clock": chosen.clock, "note": chosen.note, "shapes": found}
-    chosen.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    chosen.output.with_name(f"{chosen.output.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     seconds = "processor seconds" if chosen.clock == "cpu" else "wall time"
     head = f"# Inference against transformers' `generate`\n\n{chosen.threads} threads, {seconds}. {chosen.note}\n\n"
     page = head + "\n\n".join(table(shape) for shape in found) + "\n"
-    chosen.output.with_suffix(".md").write_text(page)
+    chosen.output.with_name(f"{chosen.output.name}.md").write_text(page)
     print(page)
 
 
