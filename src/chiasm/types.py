@@ -150,7 +150,8 @@ class Layout:
     """How a medium was cut into units: all that is needed to count its tokens and to put them together again.
 
     ``shape`` is the shape of one unit (for a picture ``(3, height, width)``), ``grid`` the (rows, columns) of tiles
-    that follow the base tile ((0, 0): there are none), ``original`` the (height, width) in pixels before any change.
+    that follow the base tile ((0, 0): there are none), or of the patches of a unit that is a list of patches,
+    ``original`` the (height, width) in pixels before any change.
     """
 
     units: int
@@ -196,6 +197,7 @@ class Sample:
     masked_ids: Tensor | None = None  # [T] long: input_ids with hidden words, for objectives that fill them
     masked: Tensor | None = None  # [T] bool: which are hidden
     answers: Answers | None = None  # for models that write them; all are this sample's
+    lost: int = 0  # tokens of the text that were left out because it was too long
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -106,7 +106,8 @@ class VLM:
     def embed(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, **options: Any) -> Tensor:
         """Vectors of unit length ``[n, D]`` of pictures or of texts: models of two towers. See ``chiasm.infer.embed``.
 
-        ``options``: ``batch``, ``workers`` (threads that decode pictures). Raises DataError, ConfigError.
+        ``options``: ``batch``, ``workers``, ``truncate`` (texts that are too long lose their end instead of being
+        refused). Raises DataError, ConfigError.
         """
         return embed.embed(self.model, self.processor, images, texts, **options)
 

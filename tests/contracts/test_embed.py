@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from towers import two_towers
 
 import chiasm
 from chiasm.errors import ConfigError, DataError
-from chiasm.infer import zero_shot
+from chiasm.infer import apart, embed, zero_shot
 from chiasm.infer.embed import stream
 from chiasm.vlm import VLM
 
@@ -40,11 +41,82 @@ def test_batches_and_threads_change_nothing(clip: VLM):
     assert (alone[0] - alone[1]).abs().max() > 1e-3
 
 
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    """torch with two threads, where tests otherwise run with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_core_by_itself(clip: VLM, two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The vectors, their order, and what is told of broken pictures do not depend on how cores share the work."""
+    if not apart.possible():
+        pytest.skip("threads cannot be told apart here")
+    asked: list[int] = []
+    real = apart.pool
+    monkeypatch.setattr(apart, "pool", lambda threads: asked.append(threads) or real(threads))
+    shown = pictures(45)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    given = [*shown[:20], str(tmp_path / "broken.jpg"), *shown[20:], str(tmp_path / "none.png")]
+    told: dict[bool, list[tuple[int, str]]] = {}
+    found = {}
+    for shared in (True, False):
+        told[shared] = []
+        stream = embed.stream(
+            clip.model, clip.processor, given, "image", batch=40, workers=0 if shared else None,
+            broken=lambda n, e, shared=shared: told[shared].append((n, str(e))),
+        )  # fmt: skip
+        found[shared] = list(stream)
+    assert asked == [2] and told[True] == told[False] and [n for n, _ in told[True]] == [20, 46]
+    assert [rows for rows, _ in found[True]] == [rows for rows, _ in found[False]]
+    for (_, a), (_, b) in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert torch.get_num_threads() == 2, "the threads of others are as they were"
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        clip.embed(images=given)
+    texts = [f"text {'more ' * (i % 4)}{i}" for i in range(70)]
+    torch.testing.assert_close(clip.embed(texts=texts), clip.embed(texts=texts, workers=0), atol=1e-6, rtol=1e-5)
+    asked.clear()
+    clip.embed(images=shown[:1])
+    assert not asked, "one picture is shared by all cores"
+    clip.train()
+    clip.embed(images=shown[:4])
+    clip.eval()
+    assert not asked, "threads that enter and leave evaluation would meet"
+
+
 def test_texts_keep_their_order_whatever_their_length(clip: VLM):
     texts = ["a long text about a cat", "b", "a text", "another long text, about a dog"]
     alone = torch.cat([clip.embed(texts=[t]) for t in texts])
     torch.testing.assert_close(clip.embed(texts=texts, batch=2), alone, atol=1e-6, rtol=1e-5)
     assert clip.embed(texts=[]).shape == (0, 12)
+
+
+def test_texts_longer_than_the_tower(clip: VLM):
+    """Refused with both lengths; on request they lose their end, and who asks is told of each."""
+    limit = clip.processor.config.template.length
+    long = ("a red car beside a blue house " * limit).strip()
+    tokens = len(clip.tokenizer.encode(long)) + len(clip.tokenizer.prefix) + len(clip.tokenizer.suffix)
+    told = rf"text 2, 'a red car .*\.\.\.': has {tokens} tokens, this model reads {limit} .* truncate=True"
+    with pytest.raises(DataError, match=told):
+        clip.embed(texts=["short", long])
+    with pytest.raises(DataError, match=f"text 1, .*{tokens} tokens"):
+        clip.embed(texts=[long, "short"], workers=0)  # its number in the list, not by length
+    with pytest.raises(DataError, match=r"text 1, 'see a red car .* tokens, this model reads"):
+        clip.classify(images=pictures(1), labels=[long], templates=["see {}"])
+    heard: list[tuple[int, int, int]] = []
+    parts = embed.stream(
+        clip.model, clip.processor, ["short", long], "text", 1, 0, truncate=lambda *numbers: heard.append(numbers)
+    )
+    found = [vectors for _, vectors in parts]
+    assert heard == [(1, tokens, limit)] and torch.allclose(found[0], clip.embed(texts=["short"]), atol=1e-6)
+    tokenizer = clip.tokenizer
+    ids = clip.processor(embed.conversation(long, "text")).input_ids.tolist()
+    whole = [*tokenizer.prefix, *tokenizer.encode(long)]
+    assert ids == [*whole[: limit - len(tokenizer.suffix)], *tokenizer.suffix]
+    assert torch.allclose(clip.embed(texts=[long], truncate=True), found[1], atol=1e-6)
 
 
 def test_the_model_stays_in_its_mode(clip: VLM):
@@ -98,6 +170,7 @@ def test_independent_probabilities(clip: VLM, tmp_path: Path):
     [
         ([], None, "0 labels"),
         (["cat", " "], None, "label 2 of 2 is empty"),
+        (["cat", "dog", " cat "], None, "label 3 of 3, 'cat', is label 1 too"),
         ("cat", None, "give a list"),
         (["cat"], ["a photo"], "no '{}'"),
         (["cat"], [], "0 templates"),
@@ -108,6 +181,7 @@ def test_bad_labels_and_templates(clip: VLM, labels: Any, templates: Any, words:
     with pytest.raises(DataError) as told:
         clip.classify(images=pictures(1), labels=labels, templates=templates)
     assert words in str(told.value)
+    assert len(zero_shot.check_labels(zero_shot.class_names("imagenet"))) == 1000, "with two names twice, as published"
 
 
 def test_bad_pictures(clip: VLM, tmp_path: Path):

@@ -60,7 +60,10 @@ def test_alone_and_together(tokenizer: Tokenizer):
 
 def test_cut_and_filled(tokenizer: Tokenizer):
     long = " ".join(["red"] * 40)
-    cut = processor(tokenizer, length=6)([user(long)]).input_ids.tolist()
+    sample = processor(tokenizer, length=6)([user(long)])
+    whole = processor(tokenizer, length=500)([user(long)])
+    assert sample.lost == len(whole) - 6 and whole.lost == 0, "what is left out is counted"
+    cut = sample.input_ids.tolist()
     assert len(cut) == 6 and cut[len(cut) - len(tokenizer.suffix) :] == tokenizer.suffix
     made = processor(tokenizer, length=12, fill=True)
     filled = made([user("red")])

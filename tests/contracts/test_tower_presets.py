@@ -22,7 +22,10 @@ from chiasm.processing.processor import Processor
 
 NAMES = [record.name for record in presets() if isinstance(record.function().model, DualTower.Config)]
 # One of each way the parts are put together, for what takes time.
-KINDS = ["clip-rn50", "clip-vit-b32", "openclip-vit-h14", "siglip-b16-224", "siglip2-giant-16-256", "align-base"]
+KINDS = [
+    "clip-rn50", "clip-vit-b32", "openclip-vit-h14", "siglip-b16-224", "siglip2-giant-16-256", "siglip2-b16-naflex",
+    "align-base",
+]  # fmt: skip
 
 
 @cache
@@ -43,7 +46,7 @@ def test_parameters_are_those_of_transformers(name: str):
     """The class, built on the meta device from the sizes that the papers give (through the writer of its layout)."""
     transformers = pytest.importorskip("transformers")
     kind, values = exported(record_of(name).config().model)
-    title = {"clip": "CLIP", "siglip": "Siglip", "align": "Align"}[kind]
+    title = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2", "align": "Align"}[kind]
     with torch.device("meta"):
         model = getattr(transformers, f"{title}Model")(getattr(transformers, f"{title}Config")(**values))
     assert sum(p.numel() for p in model.parameters()) == size(name)
@@ -88,6 +91,14 @@ HUB: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "align-base": ("align", {"vision_config": {"image_size": 289}}),
+    # google/siglip2-base-patch16-naflex
+    "siglip2-b16-naflex": (
+        "siglip2",
+        {
+            "text_config": {"vocab_size": 256000, "hidden_act": "gelu_pytorch_tanh"},
+            "vision_config": {"num_patches": 256},
+        },
+    ),
 }
 
 
@@ -105,9 +116,15 @@ def test_counts_and_records(name: str):
     record = record_of(name)
     config = record.config()
     front = config.processing.media["image"]
-    check_counts(preset(name, tiny=True).model, {"image": preset(name, tiny=True).processing.media["image"].unit_shape})
+    tiny = preset(name, tiny=True)
+    small = tiny.processing.media["image"]
+    naflex = front.type == "naflex"
+    unit = (small.patches, small.patch**2 * 3) if naflex else small.unit_shape
+    check_counts(tiny.model, {"image": unit})
     assert config.provenance.preset == name and config.provenance.licences
-    assert front.size == config.model.encoders["image"].image_size and front.placeholder is None
+    tower = config.model.encoders["image"]
+    assert front.patch == tower.patch if naflex else front.size == tower.image_size
+    assert front.placeholder is None
     assert config.processing.template.length <= config.model.encoders["text"].positions
     assert not record.system.arxiv or f"arXiv:{record.system.arxiv}" in record.paper
 

@@ -17,7 +17,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "towers.md").read_text(en
 def test_parts_are_registered():
     table = PAGE[PAGE.index("| system |") : PAGE.index("`chiasm list`")]
     named = set(re.findall(r"`(\w+)`", table))
-    assert named <= {*registry.names("encoder"), *registry.names("connector")} and len(named) == 8
+    assert named <= {*registry.names("encoder"), *registry.names("connector")} and len(named) == 9
 
 
 def test_the_table_is_what_the_presets_are():
@@ -25,6 +25,7 @@ def test_the_table_is_what_the_presets_are():
         ("clip-vit-b32", ("vit", "text"), ("pooled", "pooled")),
         ("clip-rn50", ("resnet", "text"), ("clip_pool", "pooled")),
         ("siglip2-b16-224", ("vit", "text"), ("map_head", "pooled")),
+        ("siglip2-b16-naflex", ("naflex", "text"), ("map_head", "pooled")),
         ("align-base", ("efficientnet", "bert"), ("pooled", "pooled")),
     ):
         model = preset(name).model

@@ -10,6 +10,7 @@ from chiasm.encoders.text import TextEncoder
 from chiasm.encoders.vit import ViT
 from chiasm.nn import kernels
 from chiasm.nn.mlp import MLP, activation
+from chiasm.nn.packed import Packed
 
 pytestmark = pytest.mark.skipif(kernels.tower() is None, reason="no compiler, or a processor without bfloat16 products")
 SHAPES = [(2, 50, 12, 64), (3, 7, 2, 16), (2, 77, 8, 64), (2, 65, 4, 72), (1, 2, 1, 2), (2, 33, 3, 88), (1, 768, 2, 32)]
@@ -99,3 +100,29 @@ def test_gradients_and_hooks_take_the_plain_way():
     handle.remove()
     mlp(x).sum().backward()
     assert mlp.fc1.weight.grad is not None and bool(mlp.fc1.weight.grad.abs().sum() > 0)
+
+
+def test_laid_out_weights_change_nothing():
+    """Within a block they are kept, weights that were changed are laid out again, and hooks see their layer."""
+    tower = ViT(ViT.Config(image_size=48, patch=16, dim=96, depth=2, heads=3, mlp=192, activation="quick_gelu"))
+    for i, p in enumerate(tower.parameters()):
+        p.data += 0.15 * drawn(i, *p.shape).float()
+    tower.bfloat16()
+    x, packed = drawn(1, 5, 3, 48, 48), Packed()
+    with torch.no_grad():
+        plain = tower(x).x.float()
+        with packed.used():
+            kept = tower(x).x.float()
+            assert len(packed.held) == 12 and (kept - plain).norm() < 0.02 * plain.norm()
+            tower.blocks[0].mlp.fc2.weight.mul_(-1)
+            assert (tower(x).x.float() - kept).norm() > 0.1 * plain.norm()
+            tower.blocks[0].mlp.fc2.weight.mul_(-1)
+            assert torch.equal(tower(x).x.float(), kept)
+            seen = []
+            handle = tower.blocks[0].attn.q.register_forward_hook(lambda module, args, out: seen.append(out))
+            tower(x)
+            handle.remove()
+            assert len(seen) == 1
+        before = dict(packed.held)
+        tower(x)
+        assert packed.held == before, "outside of the block nothing is kept"

@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AlignConfig, AlignModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import (
+    AlignConfig,
+    AlignModel,
+    CLIPConfig,
+    CLIPModel,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import Info, Weights
@@ -62,6 +71,23 @@ def hf_siglip() -> Any:
         "patch_size": 8,
     }
     return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+
+
+def hf_siglip2() -> Any:
+    """Positions of 3 × 3, so that every grid is stretched from them."""
+    text = hf_siglip().config.text_config.to_dict() | {
+        "model_type": "siglip2_text_model",
+        "max_position_embeddings": 32,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+        "num_patches": 9,
+    }
+    return Siglip2Model(Siglip2Config(text_config=text, vision_config=vision))
 
 
 def hf_align() -> Any:

@@ -117,6 +117,7 @@ def test_the_verb(saved: Path, shown: Path, tmp_path: Path):
     ("more", "told"),
     [
         (["--labels", "red,,blue"], "label 2 of 3 is empty"),
+        (["--labels", "red, blue,red"], "label 3 of 3, 'red', is label 1 too"),
         (["--labels", "red", "--templates", "imagnet"], "did you mean 'imagenet"),
         (["--labels", "red", "--probe", "."], "leave --labels"),
         ([], "has no folders to take the classes from"),

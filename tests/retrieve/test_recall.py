@@ -177,6 +177,20 @@ def test_the_verb_with_a_second_judge(tmp_path, name):
     assert told["candidates"] == 40 and told["matcher"].endswith("judge")
 
 
+def test_texts_that_lose_their_end_are_counted(tmp_path):
+    """As the published runs do, a caption that is too long is cut, and the table says how many were."""
+    saved, judge = towers().save(tmp_path / "model"), fused("vilt-b32-retrieval").save(tmp_path / "judge")
+    picture(tmp_path / "0.png", 0)
+    captions = ["short", "a red car beside a blue house " * 40, "a red car " * 8]
+    (tmp_path / "list.json").write_text(json.dumps([{"image": "0.png", "caption": captions}]))
+    words = ["recall", str(saved), str(tmp_path / "list.json"), "--images", str(tmp_path), "--matcher", str(judge)]
+    done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "r.json")], catch_exceptions=False)
+    output = " ".join(done.output.split())
+    assert "1 of 3 texts are longer than the towers read" in output, output
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert told["shortened"] == 1 and told["shortened_by_matcher"] >= 1
+
+
 def test_a_model_can_be_its_own_judge(tmp_path):
     """ALBEF finds by its vectors and judges by its fusion; a model that cannot judge is refused."""
     saved, file = fused("albef-retrieval").save(tmp_path / "albef"), protocol(tmp_path)

@@ -48,6 +48,14 @@ def test_index_and_search(tmp_path: Path, photos: Path, saved: str):
     assert "&lt;b&gt;" in text_of(run_page(photos, "<b>red</b>")), "a query is no markup"
 
 
+def test_texts_too_long_are_listed(tmp_path: Path, photos: Path, saved: str):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a blue star\n" + "a red car beside a blue house " * 40 + "\n")
+    told = run("index", photos, "--model", saved, "--texts", texts)
+    assert "1 texts cannot be read" in told and "tokens, this model reads" in told and "1 texts)" in told
+    assert "tokens, this model reads" in run("search", "a red car " * 90, "--in", photos, fails=True)
+
+
 def run_lines(*words: object) -> list[str]:
     done = CliRunner().invoke(main, [str(w) for w in words], catch_exceptions=False)
     assert done.exit_code == 0, done.output

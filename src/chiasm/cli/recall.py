@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,7 +49,6 @@ def command(
     """
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
     from chiasm.eval import matcher as matching
     from chiasm.eval.retrieval import evaluate, read_protocol
@@ -62,7 +62,7 @@ def command(
         judge = None
         if matcher is not None:
             shown = bar.add_task("pairs", total=None)
-            judge = matching.matcher(
+            judge = matching.Judge(
                 other, pairs, batch_size, lambda done, of: bar.update(shown, completed=done, total=of)
             )
         found = evaluate(
@@ -74,6 +74,20 @@ def command(
             workers=workers,
             advance=lambda done, _: bar.update(task, completed=done),
         )
+    _told(console, found, judge)
+    if out is not None:
+        rows = [{"measure": n, "towers": a, "reranked": b} for n, a, b in found.rows()]
+        told = {"model": model, "protocol": pairs.name, "pictures": len(pairs.images), "texts": len(pairs.texts)}
+        told |= {"matcher": matcher, "candidates": found.candidates, "shortened": found.shortened}
+        told |= {"shortened_by_matcher": len(judge.shortened)} if judge else {}
+        out.write_text(json.dumps(told | {"rows": rows}, indent=1), encoding="utf-8")
+
+
+def _told(console: Any, found: Any, judge: Any) -> None:
+    """The table, and how many texts lost their end."""
+    from rich.table import Table
+
+    pairs = found.pairs
     title = f"{pairs.name}: {len(pairs.images):,} pictures, {len(pairs.texts):,} texts"
     table = Table(title=title, title_justify="left", header_style="bold", box=None)
     for column in ("", "two towers", "re-ranked"):
@@ -81,8 +95,6 @@ def command(
     for name, own, again in found.rows():
         table.add_row(name, f"{100 * own:.1f}", "" if again is None else f"{100 * again:.1f}")
     console.print(table)
-    if out is not None:
-        rows = [{"measure": n, "towers": a, "reranked": b} for n, a, b in found.rows()]
-        told = {"model": model, "protocol": pairs.name, "pictures": len(pairs.images), "texts": len(pairs.texts)}
-        told |= {"matcher": matcher, "candidates": found.candidates}
-        out.write_text(json.dumps(told | {"rows": rows}, indent=1), encoding="utf-8")
+    for who, count in (("the towers", found.shortened), ("the matcher", len(judge.shortened) if judge else 0)):
+        if count:
+            console.print(f"{count:,} of {len(pairs.texts):,} texts are longer than {who} read and lost their end.")

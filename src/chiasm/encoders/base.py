@@ -25,6 +25,7 @@ class Encoder(nn.Module):
     Config: type[EncoderConfig] = EncoderConfig
     dim: int
     recompute = False  # training: each block's inner states are computed again on the way back, not kept
+    reads_layouts = False  # ``forward(inputs, layouts)``: units of several sizes, each with its layout
 
     def forward(self, inputs: Tensor) -> Tokens:
         """``inputs [U, *shape]`` → ``Tokens(x [U, N, D])``."""

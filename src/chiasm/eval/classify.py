@@ -189,7 +189,7 @@ def _judged(
     unit: bool,
     top: int = TOP,
     batch: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Run the pictures through, a batch at a time, and keep the likeliest classes of each."""

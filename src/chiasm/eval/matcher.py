@@ -16,62 +16,75 @@ import torch
 from torch import Tensor
 
 from chiasm.errors import ConfigError
-from chiasm.eval.retrieval import Matcher, Pairs
+from chiasm.eval.retrieval import Pairs
 from chiasm.infer.embed import conversation
 from chiasm.nn.modes import evaluating
 from chiasm.processing.base import Place
 from chiasm.processing.open import open_picture
-from chiasm.types import Image, Message, Text
+from chiasm.types import Batch, Image, Message, Text
 
 Advance = Callable[[int, int], None]
+Rows = Sequence[tuple[int, int]]
 
 
-def matcher(vlm: Any, pairs: Pairs, batch: int = 32, advance: Advance | None = None) -> Matcher:
-    """What ``retrieval.evaluate`` asks about its first candidates, by ``vlm.model.match`` or ``see`` and ``judge``.
+def matcher(vlm: Any, pairs: Pairs, batch: int = 32, advance: Advance | None = None) -> Judge:
+    """What ``retrieval.evaluate`` asks about its first candidates. ConfigError for a model that matches nothing."""
+    return Judge(vlm, pairs, batch, advance)
+
+
+class Judge:
+    """Scores of pairs by ``vlm.model.match``, or ``see`` and ``judge`` of a model that looks at the picture first.
 
     Batches of ViLT hold pictures of several sizes, which changes nothing: padding cannot be seen. ``advance(done, of)``
-    is told of pairs. Raises ConfigError for a model that matches nothing.
+    is told of pairs. ``shortened``: the texts that were longer than the model reads, and lost their end.
     """
-    model = vlm.model
-    score = _apart if callable(getattr(model, "judge", None)) else _together
-    if score is _together and not callable(getattr(model, "match", None)):
-        raise ConfigError(
-            f"a model of type {vlm.config.model.type!r} does not judge pairs; re-rank with one that has match(batch)"
-        )
+
+    def __init__(self, vlm: Any, pairs: Pairs, batch: int = 32, advance: Advance | None = None):
+        self.vlm, self.pairs, self.batch, self.advance = vlm, pairs, batch, advance
+        self.shortened: set[int] = set()
+        self.looks = callable(getattr(vlm.model, "judge", None))
+        if not self.looks and not callable(getattr(vlm.model, "match", None)):
+            raise ConfigError(
+                f"a model of type {vlm.config.model.type!r} does not judge pairs; re-rank with one that has "
+                "match(batch)"
+            )
 
     @torch.no_grad()
-    def judge(images: Sequence[int], texts: Sequence[int]) -> Tensor:
+    def __call__(self, images: Sequence[int], texts: Sequence[int]) -> Tensor:
+        """Numbers of pictures ``[n]``, those of one after the other, and of texts ``[n]`` → ``[n]``."""
         found: list[Tensor] = []
-        opened: dict[int, Any] = {}
-        with evaluating(model):
-            for start in range(0, len(images), batch):
-                rows = list(zip(images[start : start + batch], texts[start : start + batch], strict=True))
-                opened = {i: opened.get(i) for i, _ in rows}  # those of the batch before stay
-                found.append(score(vlm, pairs, rows, opened).float().cpu())
-                if advance:
-                    advance(start + len(rows), len(images))
+        held: dict[int, Any] = {}
+        score = self._apart if self.looks else self._together
+        with evaluating(self.vlm.model):
+            for start in range(0, len(images), self.batch):
+                rows = list(zip(images[start : start + self.batch], texts[start : start + self.batch], strict=True))
+                held = {i: held.get(i) for i, _ in rows}  # those of the batch before stay
+                found.append(score(rows, held).float().cpu())
+                if self.advance:
+                    self.advance(start + len(rows), len(images))
         return torch.cat(found) if found else torch.zeros(0)
 
-    return judge
+    def _together(self, rows: Rows, held: dict[int, Any]) -> Tensor:
+        """``[B]`` of a model that reads picture and text in one; ``held`` keeps the pictures."""
+        front = self.vlm.processor.config.media["image"]
+        for i in (i for i, picture in held.items() if picture is None):
+            held[i] = open_picture(self.pairs.images[i], Place(f"picture {i}", 0, 1), front.max_pixels, front.alpha)
+        talks = [[Message("user", (Image(held[i]), Text(self.pairs.texts[t])))] for i, t in rows]
+        return self.vlm.model.match(self._batch(talks, rows))  # type: ignore[no-any-return]
 
+    def _apart(self, rows: Rows, held: dict[int, Any]) -> Tensor:
+        """``[B]`` of a model that looks at the picture first; ``held`` keeps what it saw."""
+        new = [i for i, states in held.items() if states is None]
+        if new:
+            pictures = [conversation(self.pairs.images[i], "image") for i in new]
+            held.update(zip(new, self.vlm.model.see(self._batch(pictures, [(i, -1) for i in new])), strict=True))
+        said = [conversation(self.pairs.texts[t], "text", self.vlm.processor.template) for _, t in rows]
+        states = torch.stack([held[i] for i, _ in rows])  # [B, N, D]
+        return self.vlm.model.judge(states, self._batch(said, rows))  # type: ignore[no-any-return]
 
-def _together(vlm: Any, pairs: Pairs, rows: Sequence[tuple[int, int]], opened: dict[int, Any]) -> Tensor:
-    """``[B]`` of a model that reads picture and text in one; ``opened`` keeps the pictures."""
-    front = vlm.processor.config.media["image"]
-    for i in (i for i, picture in opened.items() if picture is None):
-        opened[i] = open_picture(pairs.images[i], Place(f"picture {i}", 0, 1), front.max_pixels, front.alpha)
-    talks = [[Message("user", (Image(opened[i]), Text(pairs.texts[t])))] for i, t in rows]
-    made = vlm.processor.batch(talks, ids=[f"picture {i}, text {t}" for i, t in rows])
-    return vlm.model.match(made.to(vlm.device, dtype=vlm.dtype))  # type: ignore[no-any-return]
-
-
-def _apart(vlm: Any, pairs: Pairs, rows: Sequence[tuple[int, int]], opened: dict[int, Any]) -> Tensor:
-    """``[B]`` of a model that looks at the picture first; ``opened`` keeps what it saw."""
-    new = [i for i, states in opened.items() if states is None]
-    if new:
-        talks = [conversation(pairs.images[i], "image") for i in new]
-        made = vlm.processor.batch(talks, ids=[f"picture {i}" for i in new]).to(vlm.device, dtype=vlm.dtype)
-        opened.update(zip(new, vlm.model.see(made), strict=True))
-    said = [conversation(pairs.texts[t], "text", vlm.processor.template) for _, t in rows]
-    texts = vlm.processor.batch(said, ids=[f"text {t}" for _, t in rows]).to(vlm.device, dtype=vlm.dtype)
-    return vlm.model.judge(torch.stack([opened[i] for i, _ in rows]), texts)  # type: ignore[no-any-return]
+    def _batch(self, talks: Sequence[Any], rows: Rows) -> Batch:
+        samples = [
+            self.vlm.processor(talk, id=f"picture {i}, text {t}") for talk, (i, t) in zip(talks, rows, strict=True)
+        ]
+        self.shortened.update(t for sample, (_, t) in zip(samples, rows, strict=True) if sample.lost)
+        return self.vlm.processor.collate(samples).to(self.vlm.device, dtype=self.vlm.dtype)  # type: ignore[no-any-return]

@@ -194,9 +194,13 @@ class DualTower(Fusion):
             raise DataError(f"sample {_first(batch)!r}: the batch holds no {kind}; give one to each sample")
         media = batch.media[kind]
         _check_units(kind, media, batch.ids)
-        features = (media.features or {kind: self.encoders[kind](media.inputs)})[kind]  # [I, N, D_in]
+        features = media.features[kind] if media.features else self._look(media)  # [I, N, D_in]
         named[f"{kind}/features"] = features
         return self.connectors[kind](features)  # type: ignore[no-any-return]
+
+    def _look(self, media: MediaBatch) -> Tokens:
+        tower: Any = self.encoders[self.config.kind]
+        return tower(media.inputs, media.layouts) if tower.reads_layouts else tower(media.inputs)  # type: ignore[no-any-return]
 
     def _embed_texts(self, batch: Batch, named: dict[str, Any]) -> Tensor:
         mask = batch.segment_ids != 0  # [B, T]

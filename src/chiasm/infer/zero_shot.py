@@ -30,7 +30,7 @@ def classify(
     templates: Templates = None,
     independent: bool = False,
     batch: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> Tensor:
     """Probabilities ``[n, labels]`` of each picture, float32: a softmax over the labels.
 
@@ -70,7 +70,10 @@ def class_vectors(
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
-    """The labels without white space around them. Raises DataError where there is none, or one is empty."""
+    """The labels without white space around them. Raises DataError for none, an empty one, or one that is there twice.
+
+    The published class names of a data set are taken as they are.
+    """
     if isinstance(labels, str):
         raise DataError(f"labels is one text, {labels[:40]!r}; give a list of them")
     found = [label.strip() if isinstance(label, str) else label for label in labels]
@@ -79,6 +82,14 @@ def check_labels(labels: Sequence[str]) -> list[str]:
     for number, label in enumerate(found):
         if not isinstance(label, str) or not label:
             raise DataError(f"label {number + 1} of {len(found)} is empty; write one, or take it out")
+    first = {label: number for number, label in reversed(list(enumerate(found)))}
+    twice = next((number for number, label in enumerate(found) if first[label] != number), None)
+    if twice is not None and found not in _data()["classes"].values():  # two of ImageNet's names are there twice
+        label = found[twice]
+        raise DataError(
+            f"label {twice + 1} of {len(found)}, {label!r}, is label {first[label] + 1} too: they would share their "
+            "probability; take one out"
+        )
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from chiasm.errors import ConfigError
+from chiasm.nn.packed import linear
 from chiasm.nn.scores import merged
 
 
@@ -28,8 +29,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """``x [B, N, D]``, ``mask [B, N]`` (True: may be attended to; not with ``causal``) → ``[B, N, D]``."""
-        mixed = merged(self.q(x), self.k(x), self.v(x), self.heads, mask, causal)  # [B, N, D]
-        return self.out(mixed)
+        q, k, v = (linear(layer, x) for layer in (self.q, self.k, self.v))  # [B, N, D] each
+        return linear(self.out, merged(q, k, v, self.heads, mask, causal))  # [B, N, D]
 
     def without_effect(self) -> list[str]:
         """A bias of the keys adds one number to all scores of a query, and softmax cancels it: its slope is 0."""

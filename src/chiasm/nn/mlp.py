@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chiasm.errors import ConfigError, nearest
 from chiasm.nn import kernels
+from chiasm.nn.packed import linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -97,7 +98,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, N, D]`` → ``[B, N, D]``."""
-        inner = self.fc1(x)  # [B, N, hidden]
+        inner = linear(self.fc1, x)  # [B, N, hidden]
         if self.name in kernels.ACTIVATIONS and not self.fc1._forward_hooks and kernels.plain(inner):
-            return self.fc2(kernels.activate_(inner, self.name))
-        return self.fc2(self.activation(inner))
+            inner = kernels.activate_(inner, self.name)
+        else:
+            inner = self.activation(inner)
+        return linear(self.fc2, inner)

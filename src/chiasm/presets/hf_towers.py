@@ -1,4 +1,4 @@
-"""Folders of transformers with two towers, both ways: CLIP, SigLIP (and SigLIP 2 of fixed size) and ALIGN.
+"""Folders of transformers with two towers, both ways: CLIP, SigLIP (and SigLIP 2), and ALIGN.
 
 Reference: the configuration, processing and model classes of transformers 5.23. A folder is read as transformers reads
 it: texts are cleaned by its tokenizer alone and a crop's odd margin is rounded down. Two things are not taken over. In
@@ -12,20 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chiasm.convert import maps_towers
 from chiasm.convert.engine import export_tensors
 from chiasm.convert.io import open_weights, write_json, write_weights
 from chiasm.encoders.bert import Bert
 from chiasm.encoders.efficientnet import EfficientNet
+from chiasm.encoders.naflex import NaFlex
 from chiasm.encoders.text import TextEncoder
 from chiasm.encoders.vit import ViT
 from chiasm.errors import CheckpointError
 from chiasm.fusion.dual_tower import DualTower
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import Provenance, VLMConfig
-from chiasm.presets import hf_align
+from chiasm.presets import hf_align, hf_naflex
 from chiasm.presets.checkpoint import Checkpoint, Options, Reader, check_vocab
 from chiasm.presets.hf_parts import read_tower, write_tower
 from chiasm.presets.hf_processing import processor_values, read_image, write_image
@@ -69,13 +70,20 @@ TEXT: dict[str, dict[str, Any]] = {
 TOP: dict[str, dict[str, Any]] = {
     "clip": {"projection_dim": 512, "logit_scale_init_value": 2.6592},
     "siglip": {},
+    "siglip2": {},
     "align": {"projection_dim": 640, "temperature_init_value": 1.0},
 }
 VISION = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 PROCESSORS = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "align": "EfficientNetImageProcessor"}
-CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "align": "AlignModel"}
-RULES = {"clip": maps_towers.clip_hf, "siglip": maps_towers.siglip_hf, "align": maps_towers.align_hf}
+CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model", "align": "AlignModel"}
+RULES = {
+    "clip": maps_towers.clip_hf,
+    "siglip": maps_towers.siglip_hf,
+    "siglip2": maps_towers.siglip_hf,
+    "align": maps_towers.align_hf,
+}
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+TEXT["siglip2"] = TEXT["siglip"]
 SIZES = {  # theirs → ours
     "vocab_size": "vocab",
     "hidden_size": "dim",
@@ -89,7 +97,7 @@ SIZES = {  # theirs → ours
 
 @register("checkpoint", "hf_towers")
 class HFTowers(Reader):
-    """``CLIPModel``, ``SiglipModel`` and ``AlignModel``."""
+    """``CLIPModel``, ``SiglipModel``, ``Siglip2Model`` and ``AlignModel``."""
 
     name = "hf_towers"
     layout = "hf"
@@ -157,12 +165,9 @@ def network(kind: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
             "scale_init": 1 / c["temperature_init_value"],
             "max_scale": None,
         }
-    vision = {"model_type": VISION[kind], **_given(c.get("vision_config"))}
-    vision["model_type"] = VISION[kind]
-    tower = read_tower(vision, select="cls" if kind == "clip" else "patch").config
-    if not isinstance(tower, ViT.Config):
-        raise CheckpointError(f"{where}: a vision tower with hidden_act={vision.get('hidden_act')!r} is not supported")
-    encoders = {"image": tower.edit(post_norm="applied"), "text": ours | {"type": "text", "causal": kind == "clip"}}
+    vision = _given(c.get("vision_config"))
+    tower: Any = hf_naflex.tower(vision, where) if kind == "siglip2" else _plain_tower(kind, vision, where)
+    encoders = {"image": tower, "text": ours | {"type": "text", "causal": kind == "clip"}}
     if kind == "clip":
         return {
             "type": "dual_tower",
@@ -198,9 +203,18 @@ def text_tower(values: Mapping[str, Any], where: str) -> TextEncoder.Config:
     return TextEncoder.Config.parse(sizes | {"activation": _activation(text["hidden_act"], where)}, where=where)
 
 
+def _plain_tower(kind: str, values: dict[str, Any], where: str) -> ViT.Config:
+    """The vision transformer of a CLIP or of a SigLIP of fixed size."""
+    select: Literal["cls", "patch"] = "cls" if kind == "clip" else "patch"
+    tower = read_tower(values | {"model_type": VISION[kind]}, select=select).config
+    if not isinstance(tower, ViT.Config):
+        raise CheckpointError(f"{where}: a vision tower with hidden_act={values.get('hidden_act')!r} is not supported")
+    return tower.edit(post_norm="applied")
+
+
 def template(kind: str, positions: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """How texts are read: SigLIP's filled to the tower's length, and cleaned where its tokenizer does not."""
-    if kind != "siglip":
+    if not kind.startswith("siglip"):
         return {"type": "pair", "length": min(positions, 64) if kind == "align" else positions}
     spm = "tokenizer.model" in tokenizer.files.content  # SigLIP's sentencepiece; SigLIP 2 has Gemma's tokenizer.json
     side = tokenizer.files.config.get("padding_side", "right")
@@ -211,9 +225,11 @@ def template(kind: str, positions: int, tokenizer: Tokenizer) -> dict[str, Any]:
 def image(kind: str, folder: Path, where: str) -> Any:
     """The picture front end. Two towers read one picture as one unit, in no slot, so that there is no placeholder."""
     values = processor_values(folder)["image"]
-    if kind != "align":
-        return read_image(values, None, PROCESSORS[kind], where)
-    return hf_align.image(_given(values), where)
+    if kind == "align":
+        return hf_align.image(_given(values), where)
+    if kind == "siglip2":
+        return hf_naflex.image(values, where)
+    return read_image(values, None, PROCESSORS[kind], where)
 
 
 def _check_end(kind: str, values: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> None:
@@ -248,12 +264,14 @@ def exported(model: DualTower.Config) -> tuple[str, dict[str, Any]]:
     pools = (model.connectors["image"].type, model.connectors["text"].type)
     if isinstance(text, Bert.Config) and isinstance(tower, EfficientNet.Config):
         kind = "align"
+    elif isinstance(text, TextEncoder.Config) and isinstance(tower, NaFlex.Config):
+        kind = "siglip2"
     elif isinstance(text, TextEncoder.Config) and isinstance(tower, ViT.Config) and pools[1] == "pooled":
         kind = "clip" if text.causal else "siglip"
     else:
         raise CheckpointError(
             f"export: towers of types {tower.type!r} and {text.type!r} have no class in transformers; it holds CLIP "
-            "with a vision transformer, SigLIP and ALIGN"
+            "with a vision transformer, SigLIP, SigLIP 2 and ALIGN"
         )
     values = _top(kind, model) | {"model_type": kind, "architectures": [CLASSES[kind]]}
     values |= {"text_config": _text(kind, text, model.dim), "vision_config": _vision(kind, tower)}
@@ -270,8 +288,9 @@ def exported(model: DualTower.Config) -> tuple[str, dict[str, Any]]:
 
 def written_image(kind: str, front: Any) -> dict[str, Any]:
     """The picture front end as the class's table. Raises CheckpointError where that cannot do it."""
-    # SigLIP's class is what a stretching CLIP processor is written as
-    return hf_align.written_image(front) if kind == "align" else write_image(front, PROCESSORS["clip"], "export")
+    if kind in ("align", "siglip2"):
+        return hf_align.written_image(front) if kind == "align" else hf_naflex.written_image(front)
+    return write_image(front, PROCESSORS["clip"], "export")  # one that stretches becomes SigLIP's class
 
 
 def _top(kind: str, model: DualTower.Config) -> dict[str, Any]:
@@ -294,10 +313,10 @@ def _text(kind: str, text: Any, dim: int) -> dict[str, Any]:
 
 
 def _vision(kind: str, tower: Any) -> dict[str, Any]:
-    if kind != "align":
-        values, _ = write_tower(tower)
-        return values | ({"vision_use_head": True} if kind == "siglip" else {})
-    return hf_align.written_tower(tower)
+    if kind in ("align", "siglip2"):
+        return hf_align.written_tower(tower) if kind == "align" else hf_naflex.written_tower(tower)
+    values, _ = write_tower(tower)
+    return values | ({"vision_use_head": True} if kind == "siglip" else {})
 
 
 __all__ = ["HFTowers", "exported", "network"]

@@ -29,17 +29,33 @@ def steps(config: VLMConfig, which: str) -> list[Step]:
         found = [Step("tokens of the text", shape), Step(f"encoders.text ({encoder.type})", (*shape, encoder.dim))]
     else:
         front: Any = config.processing.media["image"]
+        if front.type == "naflex":
+            return [*_patches(front, encoder), *_vector(model, which, connector)]
         unit = front.unit_shape
         found = [
             Step(FITS[front.fit] + (", centre cut out" if front.fit == "squash" and front.edge != front.size else ""),
                  (1, *unit)),
             Step(f"encoders.image ({encoder.type})", (1, encoder.count(unit).tokens, encoder.dim)),
         ]  # fmt: skip
+    return [*found, *_vector(model, which, connector)]
+
+
+def _vector(model: Any, which: str, connector: Any) -> list[Step]:
     if not isinstance(model, DualTower.Config):
-        return [*found, Step(f"connectors.{which} ({connector.type}, {connector.pool})", (1, 1, model.classes))]
+        return [Step(f"connectors.{which} ({connector.type}, {connector.pool})", (1, 1, model.classes))]
     pool = getattr(connector, "pool", "attention")
-    return [*found, Step(f"connectors.{which} ({connector.type}, {pool})", (1, 1, model.dim)),
+    return [Step(f"connectors.{which} ({connector.type}, {pool})", (1, 1, model.dim)),
             Step("unit length", (1, model.dim))]  # fmt: skip
+
+
+def _patches(front: Any, encoder: Any) -> list[Step]:
+    """The example picture at its own proportions."""
+    rows, columns = front.grid(PICTURE[1], PICTURE[0])
+    return [
+        Step(f"resized to {rows} x {columns} patches of {front.patch} pixels, of at most {front.patches}",
+             (1, rows * columns, front.patch**2 * 3)),
+        Step(f"encoders.image ({encoder.type})", (1, rows * columns, encoder.dim)),
+    ]  # fmt: skip
 
 
 def compared(model: DualTower.Config) -> str:

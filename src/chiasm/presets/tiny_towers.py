@@ -14,6 +14,7 @@ PICTURES: dict[str, dict[str, Any]] = {
     "vit": {"dim": 32, "depth": 2, "heads": 4, "mlp": 64, "patch": 8, "image_size": 32},
     "resnet": {"blocks": [1, 1, 1, 1], "width": 8, "image_size": 64},
     "efficientnet": {"width": 0.25, "depth": 0.6, "image_size": 49},
+    "naflex": {"dim": 32, "depth": 2, "heads": 4, "mlp": 64, "patch": 8, "side": 4},
 }
 
 
@@ -45,9 +46,12 @@ def tiny_towers(config: VLMConfig, vocab: int) -> VLMConfig:
     kept = pool["type"] == "map_head" or pool.get("project") == "none"
     model["dim"] = registry.get("encoder", picture["type"]).Config.parse(picture).dim if kept else 24
     front = processing["media"]["image"]
+    processing["template"]["length"] = min(processing["template"]["length"], length)
+    if front["type"] == "naflex":
+        front.update(patch=picture["patch"], patches=picture["side"] ** 2)
+        return VLMConfig.parse(dump)
     size = picture["image_size"]
     if front.get("shortest_edge") is not None:
         front["shortest_edge"] = front["shortest_edge"] * size // front["size"]
     front["size"] = size
-    processing["template"]["length"] = min(processing["template"]["length"], length)
     return VLMConfig.parse(dump)

@@ -107,7 +107,7 @@ def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> Medi
     found: list[tuple[int, MediaItem]] = [(o, i) for o, s in enumerate(samples) for i in s.media if i.kind == kind]
     first_owner, first = found[0]
     if all(item.ragged for _, item in found):
-        sides = [max(sizes) for sizes in zip(*(item.inputs.shape[2:] for _, item in found), strict=True)]
+        sides = [max(sizes) for sizes in zip(*(item.inputs.shape[1:] for _, item in found), strict=True)]
         found = [(owner, replace(item, inputs=_filled(item.inputs, sides))) for owner, item in found]
         first = found[0][1]
     for owner, item in found:
@@ -133,8 +133,8 @@ def _media(kind: str, samples: Sequence[Sample], offsets: Sequence[int]) -> Medi
 
 
 def _filled(inputs: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
-    """``[U, C, height, width]`` with zeros on the right and below, up to ``sides``."""
-    missing = [side - own for side, own in zip(sides, inputs.shape[2:], strict=True)]
+    """``[U, C, height, width]`` with zeros on the right and below, ``[U, N, C]`` with zeros behind, up to ``sides``."""
+    missing = [side - own for side, own in zip(sides, inputs.shape[1:], strict=True)]
     return torch.nn.functional.pad(inputs, [n for size in reversed(missing) for n in (0, size)])
 
 

@@ -31,7 +31,8 @@ def cut(sample: Sample, limit: int | None, train: bool, prompt: bool) -> Sample:
                 "too_long",
             )
         had = int(sample.loss_mask.sum())
-        sample = replace(sample, input_ids=sample.input_ids[:limit], loss_mask=sample.loss_mask[:limit])
+        lost = sample.lost + len(sample) - limit
+        sample = replace(sample, input_ids=sample.input_ids[:limit], loss_mask=sample.loss_mask[:limit], lost=lost)
         if train and had and not sample.loss_mask.any():
             raise DataError(
                 f"sample {sample.id!r}: max_length {limit} cuts off all of its {had} trained tokens; raise "

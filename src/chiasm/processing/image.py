@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from chiasm.errors import ConfigError
+from chiasm.processing import pixels
 from chiasm.processing.base import FrontEnd, FrontEndConfig, Place
 from chiasm.processing.open import PILLOW_LIMIT, Alpha, open_picture, picture_size
 from chiasm.processing.tiling import Tiling, cut
@@ -107,12 +108,14 @@ class ImageFrontEnd(FrontEnd):
         self._resample = Pillow.Resampling[config.resample.upper()]
         self._mean = torch.tensor(config.mean, dtype=torch.float32).view(3, 1, 1)
         self._std = torch.tensor(config.std, dtype=torch.float32).view(3, 1, 1)
+        self._table = pixels.table(self._mean, self._std)
 
     def __call__(self, medium: Media, place: Place) -> MediaItem:
         """A picture → ``inputs [U, 3, size, size]``. Raises DataError."""
         image = self.open(medium.data, place)
         layout = self._layout((image.height, image.width), place)
-        return MediaItem(self.kind, self.normalise(self.units(image, place)), layout)
+        inputs = self._at_once(image, place)
+        return MediaItem(self.kind, self.normalise(self.units(image, place)) if inputs is None else inputs, layout)
 
     def layout(self, medium: Media, place: Place) -> Layout:
         """The layout that ``self(medium, place)`` gives, from the header of the picture alone. Raises DataError."""
@@ -153,9 +156,21 @@ class ImageFrontEnd(FrontEnd):
 
     def normalise(self, units: Sequence[Pillow.Image]) -> Tensor:
         """RGB pictures of one size → ``[U, 3, height, width]`` float32: ``(value / 255 - mean) / std``."""
-        pixels = torch.from_numpy(np.stack([np.asarray(unit) for unit in units])).permute(0, 3, 1, 2)
-        result = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels)  # [U, 3, height, width], contiguous
+        bytes_ = torch.from_numpy(np.stack([np.asarray(unit) for unit in units])).permute(0, 3, 1, 2)
+        result = torch.empty(bytes_.shape, dtype=torch.float32).copy_(bytes_)  # [U, 3, height, width], contiguous
         return result.div_(255).sub_(self._mean).div_(self._std)
+
+    def _at_once(self, image: Pillow.Image, place: Place) -> Tensor | None:
+        """The only unit ``[1, 3, size, size]`` by one compiled call, with the same pixels; None where there is none."""
+        edge, size = self.config.edge, self.config.size
+        if self._tiled(place) or self.config.fit == "pad" or (place.of > 1 and self.config.several == "pad"):
+            return None
+        wide, high = (edge, edge) if self.config.fit == "squash" else self._scaled(*image.size)
+        if wide * high > self.config.max_pixels:
+            return None
+        part = (self._margin(high - size), self._margin(wide - size), size, size)
+        made = pixels.picture(image, (high, wide), part, self.config.resample, self._table)
+        return None if made is None else made.unsqueeze(0)
 
     def _tiled(self, place: Place) -> bool:
         return self.config.tiling is not None and (place.of <= 1 or self.config.several == "tile")
@@ -178,12 +193,8 @@ class ImageFrontEnd(FrontEnd):
 
     def _crop(self, image: Pillow.Image) -> Pillow.Image:
         """Shorter side to ``edge``, then the centre of ``size`` x ``size``."""
-        edge, size = self.config.edge, self.config.size
-        width, height = image.size
-        if width <= height:
-            wide, high = edge, int(edge * height / width)
-        else:
-            wide, high = int(edge * width / height), edge
+        size, (width, height) = self.config.size, image.size
+        wide, high = self._scaled(width, height)
         left, top = self._margin(wide - size), self._margin(high - size)
         if wide * high > self.config.max_pixels:
             # A strip such as 1x20000 would grow to gigabytes: only the part that stays is computed.
@@ -193,6 +204,11 @@ class ImageFrontEnd(FrontEnd):
         if image.size != (wide, high):
             image = image.resize((wide, high), self._resample)
         return image if (wide, high) == (size, size) else image.crop((left, top, left + size, top + size))
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height with the shorter side at ``edge``."""
+        edge = self.config.edge
+        return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
 
     def _margin(self, spare: int) -> int:
         return spare // 2 if self.config.crop_rounding == "floor" else round(spare / 2)

@@ -21,9 +21,10 @@ from chiasm.types import Message, Piece, Text
 
 class PairConfig(TemplateConfig):
     """``length``: tokens at most, those that open and end a text included; a longer text loses its end, never its last
-    token. ``fill``: every text is made ``length`` tokens long with the padding token, which the tower reads as text
-    (SigLIP). ``read``: the last turn that has text (a caption after "describe this"), or the last of the user (a
-    question), or no text at all (a model that classifies pictures, whose answer turn is a label).
+    token, and its sample says how much (``lost``). ``fill``: every text is made ``length`` tokens long with the padding
+    token, which the tower reads as text (SigLIP). ``read``: the last turn that has text (a caption after "describe
+    this"), or the last of the user (a question), or no text at all (a model that classifies pictures, whose answer turn
+    is a label).
     """
 
     type: str = "pair"

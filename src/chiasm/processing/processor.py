@@ -365,12 +365,16 @@ class Processor:
     def _beside(self, id: str, pieces: Sequence[Piece], encoding: Encoding, items: list[MediaItem]) -> Sample:
         """The text by itself, and media that take no slot of it. Without a text there are no ids."""
         ids: list[int] = []
+        lost = 0
         if pieces:
             if not encoding.ids:
                 raise DataError(f"sample {id!r}: the text {pieces[0].text!r} gives 0 tokens; write another", "empty")
-            ids = self.template.close([*self._opening(encoding)[0], *encoding.ids], self.tokenizer.suffix, self.fill_id)
+            given = [*self._opening(encoding)[0], *encoding.ids]
+            ids = self.template.close(given, self.tokenizer.suffix, self.fill_id)
+            lost = max(0, len(given) + len(self.tokenizer.suffix) - len(ids))
         media = [replace(item, slots=torch.zeros(0, dtype=torch.long)) for item in items]
-        return Sample(id, torch.tensor(ids, dtype=torch.long), torch.zeros(len(ids), dtype=torch.bool), media)
+        learned = torch.zeros(len(ids), dtype=torch.bool)
+        return Sample(id, torch.tensor(ids, dtype=torch.long), learned, media, lost=lost)
 
     def _opening(self, encoding: Encoding) -> tuple[list[int], list[bool]]:
         """BOS, unless the template has written it."""

@@ -108,7 +108,7 @@ class Index:
         embedder: Embedder | None = None,
         advance: Callable[[int, int], None] | None = None,
         batch: int = 64,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> Update:
         """Make the index hold the pictures that lie in ``root`` now, in its folders too.
 
@@ -140,7 +140,7 @@ class Index:
         return update
 
     def update_texts(
-        self, texts: Iterable[str], embedder: Embedder | None = None, batch: int = 64, workers: int = 0
+        self, texts: Iterable[str], embedder: Embedder | None = None, batch: int = 64, workers: int | None = None
     ) -> Update:
         """Make the index hold exactly these texts, for pictures to find. Raises DataError for an empty one."""
         wanted = list(dict.fromkeys(texts))
@@ -165,7 +165,7 @@ class Index:
         embedder: Embedder | None,
         advance: Callable[[int, int], None] | None,
         batch: int,
-        workers: int,
+        workers: int | None,
     ) -> Update:
         start, update, old = time.perf_counter(), Update(removed=len(gone)), self.catalogue.known(kind)
         with self.catalogue.change():
@@ -199,7 +199,7 @@ class Index:
         update.seconds = time.perf_counter() - start
         return update
 
-    def _embedder(self, batch: int, workers: int) -> Embedder:
+    def _embedder(self, batch: int, workers: int | None) -> Embedder:
         def run(given: Sequence[Any], kind: Kind, broken: Callable[[int, str], None]) -> Iterator[Found]:
             told = lambda number, error: broken(number, str(error))  # noqa: E731
             yield from embed.stream(self.vlm.model, self.vlm.processor, given, kind, batch, workers, told)

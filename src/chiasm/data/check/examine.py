@@ -166,6 +166,9 @@ class Examiner:
             row["tokens"] = len(sample)
             row["media"] = sum(len(item.slots) for item in sample.media if item.slots is not None)
             row["targets"] = int(sample.loss_mask.sum()) + (0 if sample.target_ids is None else len(sample.target_ids))
+            if sample.lost:
+                whole = len(sample) + sample.lost
+                yield "truncated", f"sample {example.id!r}: {whole} tokens of text, the model reads {len(sample)}"
             if limit is not None and len(sample) > limit:
                 cut = self._cut[name].sample(example)
                 lost = int(sample.loss_mask.sum()) - int(cut.loss_mask.sum())
