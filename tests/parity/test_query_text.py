@@ -21,6 +21,8 @@ import chiasm
 from chiasm.compose import build_model
 from chiasm.connectors.qformer import QFormer, multimodal_causal
 from chiasm.errors import ConfigError, DataError
+from chiasm.eval.matcher import matcher
+from chiasm.eval.retrieval import Pairs, evaluate
 from chiasm.fusion.query_text import QueryText
 from chiasm.train.objectives import blip2
 from chiasm.train.objectives.base import objective
@@ -121,6 +123,32 @@ def test_saved_and_loaded_again(theirs: Any, tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------------- formulas in float64
+
+
+def test_it_finds_and_judges(theirs: Any):
+    """The published retrieval: found by the best query's cosine, ranked again by the matching logit and the cosine."""
+    vlm = theirs.vlm
+    pictures, words = [photo(30, 40, s) for s in range(3)], ["a b c", "c b", "d e a b"]
+    pairs = Pairs.of(list(zip(pictures, words, strict=True)))
+    judge = matcher(vlm, pairs, batch=4)
+    image, text = [i for i in range(3) for _ in range(3)], list(range(3)) * 3
+    talks = [
+        [
+            {"role": "user", "content": [{"type": "image", "image": pictures[i]}]},
+            {"role": "assistant", "content": words[t]},
+        ]
+        for i, t in zip(image, text, strict=True)
+    ]
+    with torch.no_grad():
+        logits, cosines = vlm.model.pairs(vlm.processor.batch(talks))
+    wanted = (logits[:, 1] + cosines).view(3, 3)
+    found = judge(image, text).view(3, 3)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert wanted.flatten().unique().numel() == 9
+    result = evaluate(vlm, pairs, judge, candidates=3, batch=2)
+    best = {"text": [int((row > row[i]).sum()) + 1 for i, row in enumerate(cosines.view(3, 3))]}
+    assert result.ranks["text"] == best["text"] and result.reranked is not None
+    assert result.reranked.text[1] == pytest.approx(float((wanted.argmax(1) == torch.arange(3)).float().mean()))
 
 
 def states_in_two_passes(net: Any, given: Batch) -> tuple[Tensor, Tensor, Tensor]:

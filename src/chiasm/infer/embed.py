@@ -233,12 +233,13 @@ def _apart(
 
 
 def conversation(item: Any, kind: Kind, template: Any = None) -> list[Message]:
-    """A picture or a text as the one turn that a processor reads: the user's, or, where its ``template`` leaves out
-    what users say (captions of BLIP-2's first stage), the answer.
+    """A picture or a text as what a processor reads: one turn of the user, or, where its ``template`` leaves out what
+    users say (captions of BLIP-2's first stage), the answer to one.
     """
     part = (item if isinstance(item, Media) else Image(item)) if kind == "image" else Text(item)
-    spoken = kind == "image" or getattr(getattr(template, "config", None), "user_text", True)
-    return [Message("user" if spoken else "assistant", (part,))]
+    if kind == "image" or getattr(getattr(template, "config", None), "user_text", True):
+        return [Message("user", (part,))]
+    return [Message("user", (Text("what is this?"),)), Message("assistant", (part,))]
 
 
 def _told(broken: Broken | None, number: int, error: DataError) -> None:
