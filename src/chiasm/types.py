@@ -19,7 +19,7 @@ from chiasm.errors import DataError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 # ------------------------------------------------------------------------------------------------ parts of a message
@@ -92,12 +92,26 @@ Part = Text | Media | Box
 
 
 @dataclass(frozen=True)
+class Call:
+    """A tool that an assistant calls. ``arguments`` is a JSON object as text; ``id`` is what its result names."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn. ``train`` says whether an assistant turn is learned from (None: every assistant turn is)."""
+    """One turn. ``train`` says whether an assistant turn is learned from (None: every assistant turn is).
+
+    An assistant's turn may hold ``calls``; a turn of role "tool" is what came of the call with the id ``answers``.
+    """
 
     role: str
     parts: tuple[Part, ...]
     train: bool | None = None
+    calls: tuple[Call, ...] = ()
+    answers: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

@@ -25,6 +25,7 @@ from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
 from chiasm.infer import embed, zero_shot
 from chiasm.infer.engine import generate, is_conversation
+from chiasm.infer.kept import Memory
 from chiasm.infer.look import Look, look
 from chiasm.infer.rank import By, Ranked, rank
 from chiasm.infer.tails import tail_logits
@@ -44,6 +45,7 @@ class VLM:
     def __init__(self, config: VLMConfig, model: Fusion, processor: Processor | None = None):
         self.config = config if processor is None else config.model_copy(update={"processing": processor.config})
         self.model = model
+        self.memory: Memory | None = None
         self._processor = processor
 
     @property
@@ -77,7 +79,12 @@ class VLM:
         """
         if self.model.silent:
             raise ConfigError(self.model.silent)
-        return generate(self.model, self.processor, messages, **options)
+        return generate(self.model, self.processor, messages, **{"memory": self.memory, **options})
+
+    def remember(self, prefix_bytes: int = 1 << 28, feature_bytes: int = 1 << 27) -> VLM:
+        """Calls of ``generate`` use what earlier ones computed, at most so many bytes; 0 and 0: no more, and forget."""
+        self.memory = Memory(prefix_bytes, feature_bytes) if prefix_bytes or feature_bytes else None
+        return self
 
     def rank(self, messages: Sequence[Any], candidates: Sequence[str], by: By = "sum", **options: Any) -> list[Ranked]:
         """The candidates as answers to a conversation, the most likely first: see ``chiasm.infer.rank``.

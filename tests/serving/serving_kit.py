@@ -124,7 +124,7 @@ class Running:
         finally:
             connection.close()
 
-    def idle(self, seconds: float = 5.0) -> None:
+    def idle(self, seconds: float = 30.0) -> None:
         """Wait until nothing is going on: no request, no byte held, no answer in an engine."""
         deadline = time.monotonic() + seconds
         while True:
@@ -139,7 +139,7 @@ class Running:
     def close(self) -> None:
         """Stop, as after a signal."""
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
 
@@ -185,7 +185,7 @@ def serving(*served: Served, gate: Gate | None = None, **options: Any) -> Iterat
     running = server(app, chosen, "error")
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not running.started:
         assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
         time.sleep(0.01)

@@ -137,6 +137,7 @@ def test_langchain(running: Running, stream):
         "logprobs": False,
         "parallel_tool_calls": False,
         "tools": [LOOK],
+        "tool_choice": "none",
         **({"stream_options": {"include_usage": True}} if stream else {}),
     }
     reply = running.post("/v1/chat/completions", values)

@@ -33,7 +33,7 @@ SEED: dict[str, Any] = {
     "response_format": {"type": "text"},
     "stream": False,
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-    "tool_choice": "auto",
+    "tool_choice": "none",
 }
 ODD: list[Any] = [
     None,

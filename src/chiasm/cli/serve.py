@@ -123,10 +123,10 @@ def _named(word: str) -> tuple[str, str]:
 def _loader(path: str, device: str | None, dtype: str | None, ignore: bool, settings: dict[str, Any]) -> Any:
     def load() -> tuple[Any, Any]:
         from chiasm.cli.options import open_model
-        from chiasm.infer.service import Service
+        from chiasm.infer.service import Service, writes
 
         vlm = open_model(path, device, dtype, ignore)
-        if getattr(vlm.model, "lm", None) is None:  # two towers, a classifier: there is nothing to write with
+        if not writes(vlm.model):  # two towers, a classifier: there is nothing to write with
             return None, vlm
         service = Service(vlm, **settings)
         service.start()

@@ -34,7 +34,7 @@ def to_openai(example: Example) -> dict[str, Any]:
     turns = []
     for where, message in _messages(example):
         content = [_openai_part(part, where) for part in message.parts]
-        turn: dict[str, Any] = {"role": message.role, "content": _plain(content)}
+        turn: dict[str, Any] = {"role": message.role, "content": _plain(content)} | _calls(message)
         if message.train is not None:
             turn["weight"] = int(message.train)
         turns.append(turn)
@@ -47,6 +47,7 @@ def to_sharegpt(example: Example) -> dict[str, Any]:
     turns = []
     for number, (where, message) in enumerate(_messages(example)):
         _always_trained(message, where)
+        _no_calls(message, where)
         if message.role == "system" and number == 0 and message.text:
             record["system"] = tagged(message, where)
         else:
@@ -58,6 +59,7 @@ def to_qwen(example: Example) -> dict[str, Any]:
     """``{"id", "messages": [{"role", "content", "loss"?}], "images"?, "videos"?}``."""
     turns = []
     for where, message in _messages(example):
+        _no_calls(message, where)
         turn: dict[str, Any] = {"role": message.role, "content": tagged(message, where)}
         turns.append(turn if message.train is None else turn | {"loss": message.train})
     return {"id": example.id, "messages": turns} | _media(example)
@@ -68,6 +70,7 @@ def to_llava_json(example: Example) -> dict[str, Any]:
     turns = []
     for where, message in _messages(example):
         _always_trained(message, where)
+        _no_calls(message, where)
         turns.append({"from": FROM[message.role], "value": tagged(message, where)})
     media = _media(example)
     if len(media) > 1:
@@ -82,7 +85,7 @@ def to_messages(example: Example) -> dict[str, Any]:
     for number, message in enumerate(example.messages):
         where = f"sample {example.id!r}, message {number + 1}"
         content = [_own_part(part, where) for part in message.parts]
-        turn: dict[str, Any] = {"role": message.role, "content": _plain(content)}
+        turn: dict[str, Any] = {"role": message.role, "content": _plain(content)} | _calls(message)
         turns.append(turn if message.train is None else turn | {"train": message.train})
     record: dict[str, Any] = {"id": example.id, "messages": turns}
     return (
@@ -106,6 +109,20 @@ def _messages(example: Example) -> list[tuple[str, Message]]:
     """The messages, with an answer at the end where the example has accepted ones, and what errors call them."""
     whole = with_answer(example) if example.answers else example
     return [(f"sample {example.id!r}, message {n + 1}", message) for n, message in enumerate(whole.messages)]
+
+
+def _calls(message: Message) -> dict[str, Any]:
+    """The calls of a turn and the one it answers, as OpenAI writes them."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.calls
+    ]
+    return ({"tool_calls": calls} if calls else {}) | ({"tool_call_id": message.answers} if message.answers else {})
+
+
+def _no_calls(message: Message, where: str) -> None:
+    if message.calls or message.role == "tool":
+        raise DataError(f"{where}: holds calls of tools, which this format cannot say; export it as openai or messages")
 
 
 def _always_trained(message: Message, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from chiasm.errors import DataError
 from chiasm.infer.constraints import Constraint, State
-from chiasm.infer.request import Piece, TokenLogprob
+from chiasm.infer.request import Piece, TokenLogprob, mark_of
 from chiasm.infer.sampling import Sampler, Sampling, check_finite, penalise
-from chiasm.infer.stream import StopStrings, TextStream
+from chiasm.infer.stream import Decode, StopStrings, TextStream, marking
 from chiasm.infer.words import Words
 
 
 class Writer:
-    """Chooses and collects the tokens of one answer. ``limit`` is how many there may be.
+    """Chooses and collects the tokens of one answer. ``limit`` is how many there may be. ``marks``: see ``Request``.
 
     ``reason`` is empty while it goes on, then "stop" (a stop id), "stop_string", "constraint", "length" or
     "positions" (the model has no more).
@@ -32,6 +32,7 @@ class Writer:
         vocab: int,
         constraint: Constraint | None = None,
         words: Words | None = None,
+        marks: Sequence[int] = (),
     ):
         self.sampling, self.limit, self.vocab = sampling, limit, vocab
         self.stop_ids = frozenset(processor.stop_ids)
@@ -43,8 +44,9 @@ class Writer:
         free = sampling.ignore_eos or constraint is not None
         own = () if free else getattr(processor, "stop_strings", ())
         self._stops = StopStrings([*own, *sampling.stop])
-        self._decode: Callable[[list[int]], str] = processor.decode
-        self._stream = TextStream(processor.decode)
+        shown = [mark_of(place) for place in range(len(marks))]
+        self._decode: Decode = marking(processor.decode, shown, marks) if marks else processor.decode
+        self._stream = TextStream(self._decode)
         self._told = 0  # ids that were given out in pieces
         self._probabilities: list[TokenLogprob] = []
         self._bias = _bias(sampling.logit_bias, vocab)
@@ -58,10 +60,14 @@ class Writer:
 
     @property
     def plain(self) -> bool:
-        """Whether the answer takes the best token as it is."""
+        """Whether the answer takes the best token as it is, or the best but the stop ids."""
         s = self.sampling
-        changed = s.logit_bias or s.logprobs is not None or self._hides or self._state or self._counts is not None
+        changed = s.logit_bias or s.logprobs is not None or self._state or self._counts is not None
         return s.temperature == 0 and self._seen is None and not changed
+
+    def takes(self, best: int) -> bool:
+        """Whether the best token is the next one whatever the other logits are."""
+        return self.plain and not (self._hides and best in self.stop_ids)
 
     @property
     def _hides(self) -> bool:
@@ -70,9 +76,9 @@ class Writer:
 
     def choose(self, logits: Tensor) -> int:
         """The next token of ``logits [V]`` float32. Raises NumberError where they are NaN or infinite."""
-        if self.plain:
-            best = int(logits.argmax())
-            check_finite(float(logits[best]))
+        best = int(logits.argmax())
+        check_finite(float(logits[best]))
+        if self.takes(best):
             return best
         scores = logits.detach().cpu()
         check_finite(float(scores.max()))

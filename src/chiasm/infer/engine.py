@@ -21,8 +21,8 @@ from chiasm.fusion.base import Fusion
 from chiasm.infer.answer import Writer
 from chiasm.infer.beam import Beams
 from chiasm.infer.constraints import Constraint
-from chiasm.infer.kept import Kept
-from chiasm.infer.prompt import Prompt, prompts_of
+from chiasm.infer.kept import Memory
+from chiasm.infer.prompt import Prompt, prompts_of, state_of
 from chiasm.infer.request import Finish
 from chiasm.infer.sampling import Options, penalise
 from chiasm.infer.scheduler import Job, Scheduler
@@ -63,6 +63,7 @@ def generate(
     stream: bool = False,
     return_details: bool = False,
     constraint: Constraint | None = None,
+    memory: Memory | None = None,
     **options: Any,
 ) -> Any:
     """Answer one conversation (a list of messages → ``str``) or several (a list of those → ``list[str]``).
@@ -70,9 +71,9 @@ def generate(
     ``options`` are those of ``Options``: ``max_new_tokens=128, temperature=0.0, top_k, top_p, num_beams=1,
     length_penalty=1.0, repetition_penalty=1.0, stop=(), seed, use_cache``, and the others of ``Sampling``.
     ``constraint`` says what an answer may be (``chiasm.infer.constraints``: ``JsonSchema``, ``Choices``, ``Regex``,
-    ``Grammar``). ``return_details`` gives ``Answer`` instead of ``str``. ``stream=True`` gives an iterator over pieces
-    of text, for several conversations over ``(index, piece)``; the pieces of a conversation, joined, are its text (with
-    beams there is one piece, at the end).
+    ``Grammar``), ``memory`` holds what calls remember for each other. ``return_details`` gives ``Answer`` instead of
+    ``str``. ``stream=True`` gives an iterator over pieces of text, for several conversations over ``(index, piece)``;
+    the pieces of a conversation, joined, are its text (with beams there is one piece, at the end).
 
     Raises ConfigError for options that make no sense, DataError for a prompt that the model has no room for.
     """
@@ -86,6 +87,7 @@ def generate(
     batch = processor.batch(prompts, add_generation_prompt=True, padding_side="left")
     engine = Engine(model, processor)
     run = engine.start(batch, chosen, constraint)
+    run.memory = memory
     if stream:
         return (piece for _, piece in run.pieces()) if single else run.pieces()
     answers = run.finish()
@@ -150,6 +152,7 @@ class Run:
         self.engine, self.batch, self.options, self.constraint = engine, batch, options, constraint
         self.lengths, self.limits = lengths, limits
         self.answers = [Answer(prompt_tokens=length) for length in lengths]
+        self.memory: Memory | None = None
         self._words = Words(engine.processor)
 
     def finish(self) -> list[Answer]:
@@ -204,10 +207,13 @@ class Run:
         with torch.inference_mode():
             length = max(a + b for a, b in zip(self.lengths, self.limits, strict=True))
             slots = Slots(self.engine.model, count, length)  # type: ignore[arg-type]
-        shared = count > 1
-        scheduler = Scheduler(
-            self.engine.model, slots, count, Kept(PREFIXES) if shared else None, Kept(FEATURES) if shared else None
-        )
+        model, kept = self.engine.model, self.memory
+        if kept is None and count > 1:
+            kept = Memory(PREFIXES, FEATURES)
+        prefixes, features = (None, None) if kept is None else (kept.prefixes, kept.features)
+        # Weights may change between calls, not within one.
+        state = state_of(model) if self.memory is not None else b""
+        scheduler = Scheduler(model, slots, count, prefixes, features, seed=lambda: state)
         scheduler.waiting.extend(job(row, prompt) for row, prompt in enumerate(prompts))
         while not scheduler.idle:
             scheduler.step()

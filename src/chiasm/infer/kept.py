@@ -45,4 +45,14 @@ class Kept:
         self.bytes = 0
 
 
-__all__ = ["Kept"]
+class Memory:
+    """What calls of ``generate`` leave for each other: keys and values of beginnings, and vectors of pictures.
+
+    Both are bounded in bytes. Their keys hold the state of every parameter, so changed weights meet nothing old.
+    """
+
+    def __init__(self, prefix_bytes: int = 1 << 28, feature_bytes: int = 1 << 27):
+        self.prefixes, self.features = Kept(prefix_bytes), Kept(feature_bytes)
+
+
+__all__ = ["Kept", "Memory"]

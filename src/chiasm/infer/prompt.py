@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from chiasm.errors import DataError
-from chiasm.types import Batch, Condition, MediaBatch, Message, Piece
+from chiasm.infer.request import Request
+from chiasm.types import Batch, Condition, MediaBatch, Piece, Sample
 
 
 @dataclass
@@ -61,16 +61,28 @@ def prompts_of(batch: Batch) -> list[Prompt]:
     return prompts
 
 
-def continued(processor: Any, messages: Sequence[Message], name: str) -> Batch:
-    """The batch of one conversation whose last message is the beginning of the answer. Raises DataError."""
-    last = messages[-1] if messages else None
-    if last is None or last.role != "assistant" or last.media:
-        raise DataError(f"sample {name!r}: to be continued, the last message must be an assistant's, and text only")
-    sample = processor(list(messages[:-1]), name, add_generation_prompt=True)
-    begun = torch.tensor(processor.tokenizer.encode_pieces([Piece(last.text)]).ids, dtype=torch.long)
-    sample.input_ids = torch.cat((sample.input_ids, begun))
-    sample.loss_mask = torch.cat((sample.loss_mask, torch.zeros(len(begun), dtype=torch.bool)))
-    return processor.collate([sample], "left")  # type: ignore[no-any-return]
+def asked(processor: Any, request: Request, name: str) -> Batch:
+    """The batch of a request's one conversation. Raises DataError."""
+    messages, begun = list(request.messages), request.lead
+    if request.continue_final:
+        last = messages.pop() if messages else None
+        if last is None or last.role != "assistant" or last.media or last.calls or request.lead:
+            raise DataError(f"sample {name!r}: to be continued, the last message must be an assistant's, and text only")
+        begun = (Piece(last.text),)
+    sample = processor(
+        messages, name, add_generation_prompt=True, **({"tools": request.tools} if request.tools else {})
+    )
+    return processor.collate([_opened(processor, sample, begun)], "left")  # type: ignore[no-any-return]
+
+
+def _opened(processor: Any, sample: Sample, begun: tuple[Piece, ...]) -> Sample:
+    """A sample followed by the beginning of its answer."""
+    if not any(piece.text for piece in begun):
+        return sample
+    ids = torch.tensor(processor.tokenizer.encode_pieces(begun).ids, dtype=torch.long)
+    sample.input_ids = torch.cat((sample.input_ids, ids))
+    sample.loss_mask = torch.cat((sample.loss_mask, torch.zeros(len(ids), dtype=torch.bool)))
+    return sample
 
 
 def _medium(kind: str, media: MediaBatch, index: int, unit: int, slots: Tensor) -> Medium:
@@ -126,4 +138,4 @@ def state_of(model: Any) -> bytes:
     return digest.digest()
 
 
-__all__ = ["Medium", "Prompt", "chain", "continued", "prompts_of", "state_of"]
+__all__ = ["Medium", "Prompt", "asked", "chain", "prompts_of", "state_of"]

@@ -32,7 +32,9 @@ class Request:
     """One answer wanted. Media in ``messages`` are already opened and checked by whoever accepted them.
 
     ``salt`` separates what is remembered for different users. ``continue_final``: the last message is the beginning
-    of the answer. ``tools`` are rendered by templates that can.
+    of the answer. ``tools`` are rendered by templates that can; ``lead`` are pieces of a rendered conversation that
+    follow the prompt. ``marks`` are control tokens that the answer's text shows, each as ``mark_of`` it: no typed or
+    written text does.
     """
 
     messages: Sequence[Message]
@@ -42,6 +44,17 @@ class Request:
     salt: str = ""
     continue_final: bool = False
     id: str = ""
+    lead: tuple[Any, ...] = ()
+    marks: tuple[int, ...] = ()
+
+
+def mark_of(place: int) -> str:
+    """The character that the ``place``-th of a request's marks is shown as."""
+    return chr(MARK + place)
+
+
+MARK = 0x10FF00  # in a private-use plane; a text that spells one shows U+FFFD there
+MARKS = 8
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,10 @@ class Scheduler:
 
     def _open(self, job: Job) -> None:
         """Hashes of what the prompt begins with, where anything is remembered."""
+        if self.prefixes is None and self.features is None:
+            return
+        job.seed = hashlib.sha256(self.seed() + b"\0" + job.salt.encode()).digest()
         if self.prefixes is not None and self.slots is not None:
-            job.seed = hashlib.sha256(self.seed() + b"\0" + job.salt.encode()).digest()
             job.keys = chain(job.prompt, self.slots.block, job.seed)
 
     def _copy(self, job: Job, slots: Slots, pending: set[bytes]) -> bool:
@@ -225,20 +227,21 @@ class Scheduler:
                 self._remember(job, slots, len(whole))
 
     def _embed(self, job: Job) -> None:
-        """The vectors of a prompt with media: text embedded, media encoded or remembered."""
+        """The vectors of a prompt with media that were not copied: text embedded, media encoded or remembered."""
         prompt = job.prompt
-        if job.x is not None or not prompt.media:
+        if job.x is not None or all(int(medium.slots[-1]) < job.filled for medium in prompt.media):
             return
         x = self.model.lm.embed(prompt.ids.to(self.model.device)).clone()  # [T, D]
         for medium in prompt.media:
             if int(medium.slots[-1]) < job.filled:
                 continue  # all of it was copied
-            vectors = None if self.features is None else self._remembered(medium.key)
+            key = job.seed + medium.key  # other weights give other vectors, and nobody learns who sent a picture
+            vectors = None if self.features is None else self._remembered(key)
             if vectors is None:
                 moved = self._moved(medium)
                 vectors = self.model.encode(medium.kind, moved, [prompt.name], {})  # [N, D]
                 if self.features is not None:
-                    self.features.put(medium.key, vectors)
+                    self.features.put(key, vectors)
             x[medium.slots.to(x.device)] = vectors.to(x.dtype)
         job.x = x
 
@@ -279,7 +282,7 @@ class Scheduler:
         for offset in range(len(run.ids)):
             token, highest = best[row + offset]
             check_finite(highest)
-            if not writer.plain:
+            if not writer.takes(token):
                 token = writer.choose(logits[row + offset])
             self._take(job, token)
             right = offset + 1 < len(run.ids) and run.ids[offset + 1] == token

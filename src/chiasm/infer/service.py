@@ -17,7 +17,7 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.infer.answer import Writer
 from chiasm.infer.engine import Engine
 from chiasm.infer.kept import Kept
-from chiasm.infer.prompt import Prompt, continued, prompts_of, state_of
+from chiasm.infer.prompt import Prompt, asked, prompts_of, state_of
 from chiasm.infer.request import Finish, Handle, Piece, QueueFull, Request, Stopped, TokenLogprob
 from chiasm.infer.sampling import Options, Sampling
 from chiasm.infer.scheduler import Job, Scheduler
@@ -29,6 +29,11 @@ LONGEST = 8192
 """Positions of a slot where neither the caller nor the model says how many."""
 FAULTS = 3
 """Steps in a row that may fail before the thread gives up."""
+
+
+def writes(model: Any) -> bool:
+    """Whether a model writes text: with a language model, or by itself (BLIP-2's first stage captions)."""
+    return getattr(model, "lm", None) is not None or bool(getattr(model.config, "writes", False))
 
 
 class Service:
@@ -57,7 +62,7 @@ class Service:
         quantize: str | None = None,
         threads: int | None = None,
     ):
-        if getattr(vlm.model, "lm", None) is None:
+        if not writes(vlm.model):
             raise ConfigError(f"{type(vlm.model).__name__} writes no text: it cannot be served as a chat")
         if dtype is not None:
             vlm.model.to(dtype)
@@ -69,7 +74,7 @@ class Service:
         self.prefixes = Kept(prefix_cache_bytes) if prefix_cache_bytes else None
         self.features = Kept(feature_cache_bytes) if feature_cache_bytes else None
         self._engine, self._words = Engine(vlm.model, vlm.processor), Words(vlm.processor)
-        own = getattr(vlm.model.lm, "max_positions", None)
+        own = getattr(getattr(vlm.model, "lm", None), "max_positions", None)
         self.max_length = min(n for n in (max_length, own, LONGEST if max_length is None else None) if n is not None)
         with torch.inference_mode():
             pool = Slots(vlm.model, slots, self.max_length) if Slots.fits(vlm.model) else None
@@ -103,11 +108,13 @@ class Service:
         self._check_room(0)
         prompt, options, limit = self._prepare(request)
         handle = Handle(request)
-        vocab = int(self.vlm.model.lm.vocab)
-        writer = Writer(self.vlm.processor, options, prompt.ids, limit, vocab, request.constraint, self._words)
+        model = self.vlm.model
+        vocab = int(model.config.vocab if getattr(model, "lm", None) is None else model.lm.vocab)
+        kept = request.constraint, self._words, request.marks
+        writer = Writer(self.vlm.processor, options, prompt.ids, limit, vocab, *kept)
         job = Job(prompt, writer, handle.put, handle.end, lambda: handle.cancelled or self._dropping, request.salt)
         job.end = lambda finish: self._end(handle, finish)
-        if self.scheduler.slots is None or not self.vlm.model.lm.steady(1, len(prompt) + limit):
+        if self.scheduler.slots is None or not model.lm.steady(1, len(prompt) + limit):
             chosen = Options.parse({"max_new_tokens": limit})
             job.alone = lambda: self._engine.steps(self._engine.start(prompt.batch, chosen))
         with self._news:
@@ -169,14 +176,8 @@ class Service:
 
     def _prepare(self, request: Request) -> tuple[Prompt, Sampling, int]:
         """The prompt, how its answer is chosen, and how many tokens the answer may have."""
-        if request.tools:
-            raise DataError("this model's template renders no tools: leave them out", "tools")
         processor, name = self.vlm.processor, request.id or f"request-{next(self._numbers)}"
-        if request.continue_final:
-            batch = continued(processor, request.messages, name)
-        else:
-            conversation = [list(request.messages)]
-            batch = processor.batch(conversation, ids=[name], add_generation_prompt=True, padding_side="left")
+        batch = asked(processor, request, name)
         sampling = request.sampling
         run = self._engine.start(batch, Options.parse({"max_new_tokens": sampling.max_new_tokens}))
         prompt, limit = prompts_of(batch)[0], run.limits[0]
@@ -238,4 +239,5 @@ __all__ = [
     "Service",
     "Stopped",
     "TokenLogprob",
+    "writes",
 ]

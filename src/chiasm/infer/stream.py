@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+Decode = Callable[[list[int]], str]
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character yet
 
 
@@ -14,7 +15,7 @@ class TextStream:
     differently at the beginning of a text (SentencePiece drops the space there).
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+    def __init__(self, decode: Decode):
         self.decode = decode
         self.ids: list[int] = []
         self._window = 0  # ids before it are never decoded again
@@ -38,6 +39,25 @@ class TextStream:
     def _piece(self) -> str:
         before = self.decode(self.ids[self._window : self._read]) if self._read > self._window else ""
         return self.decode(self.ids[self._window :])[len(before) :]
+
+
+def marking(decode: Decode, marks: Sequence[str], ids: Sequence[int]) -> Decode:
+    """``decode`` that writes token ``ids[i]`` as ``marks[i]``, a character that no other token writes."""
+    shown = dict(zip(ids, marks, strict=True))
+    forged = str.maketrans(dict.fromkeys(marks, UNFINISHED))
+
+    def write(tokens: list[int]) -> str:
+        found: list[str] = []
+        run: list[int] = []
+        for token in tokens:
+            if token in shown:
+                found += [decode(run).translate(forged), shown[token]]
+                run = []
+            else:
+                run.append(token)
+        return "".join([*found, decode(run).translate(forged)])
+
+    return write
 
 
 class StopStrings:

@@ -52,7 +52,7 @@ def check_answers(messages: Sequence[Message], id: str) -> None:
     """Raises DataError for an answer that is learned from but empty."""
     for number, message in enumerate(messages):
         learned = message.role == "assistant" and message.train is not False
-        if learned and not message.media and not message.text.strip():
+        if learned and not message.media and not message.calls and not message.text.strip():
             raise DataError(
                 f"sample {id!r}, message {number + 1}: the answer is empty ({len(message.text)} characters); give it "
                 "a text, or leave it out of training with 'train': false",

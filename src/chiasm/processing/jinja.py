@@ -17,8 +17,10 @@ from pydantic import Field
 
 from chiasm import registry
 from chiasm.errors import ConfigError, DataError
+from chiasm.processing import tools as tooling
 from chiasm.processing.template import Template, TemplateConfig
-from chiasm.types import Media, Message, Piece, Text
+from chiasm.processing.tools import CallForm
+from chiasm.types import Call, Media, Message, Piece, Text
 
 BASES = range(0x100000, 0x10F000, 0x1000)  # where the private-use characters that stand for texts may begin
 BEGIN, END = "\U000ff001", "\U000ff002"  # around what a {% generation %} block renders
@@ -54,37 +56,63 @@ class JinjaTemplate(Template):
         self._lists = self._takes_lists()
         self.end = self._find_end()
         self._gap = self._lead()
+        self.form = self._find_form()
 
     # ------------------------------------------------------------------------------------------------ rendering
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[Piece]:
         """See the contract. Raises DataError where the template refuses or changes a text beyond trimming."""
+        return self.render_tools(messages, add_generation_prompt, where, None)
+
+    def render_tools(
+        self, messages: Sequence[Message], add_generation_prompt: bool, where: str, tools: Sequence[Any] | None
+    ) -> list[Piece]:
+        """See the contract. Strings of tools, calls and results are texts as a user's are."""
+        if (tools or tooling.involved(messages)) and self.form is None:
+            tooling.refuse(messages, where, tools)
         texts = [p.text for m in messages for p in m.parts if isinstance(p, Text)]
-        base = _free_base(texts, where)
-        names = [chr(base + i) for i in range(len(texts))]
-        outline = self._run(messages, names, add_generation_prompt, where)
-        truth = self._run(messages, texts, add_generation_prompt, where)
-        written = _fit(outline, truth, names, texts, where)
-        owners = [m for m in messages for p in m.parts if isinstance(p, Text)]
+        calls = {call: tooling.told(call, where) for m in messages for call in m.calls}
+        marks = tooling.Marks([*(tools or ()), *calls.values()])
+        base = _free_base([*texts, *marks.texts], where)
+        names = [chr(base + i) for i in range(len(texts) + len(marks.texts))]
+        marks.place(base + len(texts))
+        marked = {call: marks(value) for call, value in calls.items()}
+        outline = self._run(messages, names, add_generation_prompt, where, marks(tools or ()), marked)
+        truth = self._run(messages, texts, add_generation_prompt, where, tools, calls)
+        named = [calls[call]["name"] for m in messages for call in m.calls]
+        named += [tool.get("function", {}).get("name", "") for tool in tools or ()]
+        results = [names[i] for i, m in enumerate(_owners(messages)) if m.role == "tool"]
+        if any(name not in outline for name in [*results, *(marks.names[name] for name in named if name)]):
+            raise DataError(f"{where}: the chat template leaves out a tool, a call or a result", "tools")
+        escaped = [m.role == "tool" for m in _owners(messages)] + [True] * len(marks.texts)
+        written = _fit(outline, truth, base, [*texts, *marks.texts], escaped, where)
+        return self._pieces(messages, outline, base, len(names), written, where)
+
+    def _pieces(
+        self, messages: Sequence[Message], outline: str, base: int, count: int, written: Sequence[str], where: str
+    ) -> list[Piece]:
+        """The outline cut at its characters, the n-th of which stands for the n-th text ``written``."""
+        owners = _owners(messages)
+        waiting = iter(written)
         pieces, inside = [], False
-        for run in re.split("([" + "".join(map(re.escape, [*names, BEGIN, END])) + "])", outline):
+        for run in re.split(f"([{BEGIN}{END}]|{_one_of(base, count)})", outline):
             if run in (BEGIN, END):
                 inside = run == BEGIN
-            elif run in names:
-                index = names.index(run)
-                owner = owners[index]
-                learn = owner.role == "assistant" and owner.train is not False
-                pieces.append((Piece(written[index], train=learn), inside))
-                closed = index + 1 == len(owners) or owners[index + 1] is not owner
-                if owner.role == "assistant" and self.config.answer_end and closed:
+            elif len(run) == 1 and base <= ord(run) < base + count:
+                index = ord(run) - base
+                owner = owners[index] if index < len(owners) else None
+                answer = owner is not None and owner.role == "assistant"
+                learn = answer and owner is not None and owner.train is not False
+                pieces.append((Piece(next(waiting), train=learn), inside))
+                closed = index + 1 >= len(owners) or owners[index + 1] is not owner
+                if answer and self.config.answer_end and closed:
                     pieces.append((Piece(self.config.answer_end, literal=True, train=learn), inside))
                     inside = False  # what a block renders after the end is never generated
             elif run:
                 pieces += [(piece, inside) for piece in self._media(run)]
-        marked = BEGIN in outline
         self._check_media(messages, [p for p, _ in pieces], where)
         numbered = _number([p for p, _ in pieces], messages, self.placeholders)
-        if marked:
+        if BEGIN in outline:
             skipped = any(m.role == "assistant" and m.train is False for m in messages)
             if skipped:
                 raise DataError(
@@ -93,12 +121,20 @@ class JinjaTemplate(Template):
             return [_train(p, flag) for p, (_, flag) in zip(numbered, pieces, strict=True)]
         return self._learn(numbered)
 
-    def _run(self, messages: Sequence[Message], texts: Sequence[str], prompt: bool, where: str) -> str:
+    def _run(
+        self,
+        messages: Sequence[Message],
+        texts: Sequence[str],
+        prompt: bool,
+        where: str,
+        tools: Sequence[Any] | None = None,
+        calls: Mapping[Call, Any] | None = None,
+    ) -> str:
         try:
             return self._template.render(
-                messages=self._messages(messages, iter(texts)),
+                messages=self._messages(messages, iter(texts), calls or {}),
                 add_generation_prompt=prompt,
-                tools=None,
+                tools=list(tools) if tools else None,
                 documents=None,
                 raise_exception=_refuse,
                 strftime_now=self._now,
@@ -107,7 +143,7 @@ class JinjaTemplate(Template):
         except Exception as error:  # a template may raise anything
             raise DataError(f"{where}: the chat template refuses this conversation: {error}") from None
 
-    def _messages(self, messages: Sequence[Message], texts: Any) -> list[dict[str, Any]]:
+    def _messages(self, messages: Sequence[Message], texts: Any, calls: Mapping[Call, Any]) -> list[dict[str, Any]]:
         """The form chat templates read: content as a list of parts, or as a string with placeholders."""
         out = []
         for message in messages:
@@ -117,12 +153,12 @@ class JinjaTemplate(Template):
                     content.append({"type": "text", "text": next(texts)})
                 elif isinstance(part, Media):
                     content.append({"type": part.kind})
-            if not self._lists:
+            if not self._lists or message.role == "tool" or (message.calls and not content):
                 content = "".join(
                     part["text"] if part["type"] == "text" else self.placeholders.get(part["type"], "") + "\n"
                     for part in content
                 )
-            out.append({"role": message.role, "content": content})
+            out.append({"role": message.role, "content": content, **tooling.fields(message, messages, calls)})
         return out
 
     def _media(self, literal: str) -> list[Piece]:
@@ -185,8 +221,23 @@ class JinjaTemplate(Template):
             text = self._run(probe, names, False, "probe")
         except DataError:
             return ""
+        self.learns_calls = BEGIN in text
         tail = text.partition(names[1])[2].replace(BEGIN, "").replace(END, "")
         return tail.rstrip()
+
+    def _find_form(self) -> CallForm | None:
+        """How this template writes a call; None where it tells a model of no tools."""
+        messages, tools = tooling.probe()
+        calls = {call: tooling.told(call, "probe") for call in messages[1].calls}
+        try:
+            prompt = self._run(messages[:1], [tooling.ASKED], True, "probe", tools)
+            whole = self._run(messages, [tooling.ASKED], False, "probe", tools, calls)
+        except DataError:
+            return None
+        if tooling.PROBE[0] not in prompt:
+            return None
+        prompt, whole = (text.replace(BEGIN, "").replace(END, "") for text in (prompt, whole))
+        return tooling.form_of(prompt, whole, self.end)
 
     def _lead(self) -> str:
         """What stands between the generation prompt and an answer."""
@@ -260,19 +311,32 @@ def _free_base(texts: Sequence[str], where: str) -> int:
     raise DataError(f"{where}: the texts use the whole private-use plane 16 of Unicode; one run of it must stay free")
 
 
-def _variants(text: str) -> list[str]:
-    """What templates are known to make of a text: trimmed on a side, or of newlines only, or past a thought."""
+def _owners(messages: Sequence[Message]) -> list[Message]:
+    """The message of each text."""
+    return [message for message in messages for part in message.parts if isinstance(part, Text)]
+
+
+def _one_of(base: int, count: int) -> str:
+    """The pattern of the characters that stand for texts."""
+    return f"[{chr(base)}-{chr(base + count - 1)}]" if count else "(?!)"
+
+
+def _variants(text: str, escaped: bool) -> list[str]:
+    """What templates are known to make of a text: trimmed on a side, or of newlines only, past a thought, or JSON."""
     found = [text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n")]
     if "</think>" in text:
         found += [text.split("</think>")[-1].lstrip("\n"), text.split("</think>")[-1].strip()]
+    if escaped:
+        found += [json.dumps(variant, ensure_ascii=False)[1:-1] for variant in found]
     return list(dict.fromkeys(found))
 
 
-def _fit(outline: str, truth: str, names: Sequence[str], texts: Sequence[str], where: str) -> list[str]:
-    """What each text became, so that the outline filled with it is exactly the truth. Raises DataError."""
-    runs = re.split("([" + "".join(map(re.escape, names)) + "])", outline) if names else [outline]
-    order = [names.index(run) for run in runs[1::2]]
-    written = list(texts)
+def _fit(
+    outline: str, truth: str, base: int, texts: Sequence[str], escaped: Sequence[bool], where: str
+) -> tuple[str, ...]:
+    """What each character of the outline stands for, so that the outline filled is exactly the truth."""
+    runs = re.split(f"({_one_of(base, len(texts))})", outline)
+    order = [ord(run) - base for run in runs[1::2]]
     stack: list[tuple[int, int, tuple[str, ...]]] = []
     if truth.startswith(runs[0]):
         stack.append((0, len(runs[0]), ()))
@@ -280,12 +344,10 @@ def _fit(outline: str, truth: str, names: Sequence[str], texts: Sequence[str], w
         done, place, chosen = stack.pop()
         if done == len(order):
             if place == len(truth):
-                for index, text in zip(order, chosen, strict=True):
-                    written[index] = text
-                return written
+                return chosen
             continue
         literal = runs[2 * done + 2]
-        for variant in reversed(_variants(texts[order[done]])):
+        for variant in reversed(_variants(texts[order[done]], escaped[order[done]])):
             if truth.startswith(variant + literal, place):
                 stack.append((done + 1, place + len(variant) + len(literal), (*chosen, variant)))
     raise DataError(f"{where}: the chat template changes a text in a way that cannot be followed; use another template")

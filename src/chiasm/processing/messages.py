@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from chiasm import registry
 from chiasm.errors import DataError, RegistryError, nearest
-from chiasm.types import ROLES, Audio, Box, Graph, Image, Media, Message, Part, Series, Text, Video
+from chiasm.types import ROLES, Audio, Box, Call, Graph, Image, Media, Message, Part, Series, Text, Video
 
 for _class in (Image, Video, Audio, Graph, Series):
     registry.register("modality", _class.kind)(_class)
 
 SOURCES = ("path", "url", "base64", "data")  # other keys that may hold a medium; its own type is the first choice
 OPENAI = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
-MESSAGE_KEYS = ("role", "content", "train")
+MESSAGE_KEYS = ("role", "content", "train", "tool_calls", "tool_call_id")
 
 
 def parse(conversation: Sequence[Message | Mapping[str, Any]], sample: str = "") -> tuple[Message, ...]:
@@ -30,6 +31,8 @@ def parse(conversation: Sequence[Message | Mapping[str, Any]], sample: str = "")
     ``{"type": "image", "image" | "path" | "url" | "base64": ...}`` and the same for every registered modality,
     ``{"type": "image_url", "image_url": {"url": ...}}``, ``{"type": "box", "box": [x0, y0, x1, y1], "image": 0}``, a
     string, or a part object. ``Message`` objects pass through. ``"train": false`` leaves an assistant turn unlearned.
+    An assistant's ``"tool_calls"`` are OpenAI's, beside which ``content`` may be None; ``{"role": "tool",
+    "tool_call_id": ...}`` is the result of one.
     """
     if isinstance(conversation, Message | Mapping | str) or not isinstance(conversation, Sequence):
         kind = type(conversation).__name__
@@ -49,20 +52,56 @@ def _message(message: Message | Mapping[str, Any], where: str) -> Message:
     for key in message:
         if key not in MESSAGE_KEYS:
             raise DataError(f"{where}: unknown key {key!r}; {nearest(str(key), MESSAGE_KEYS)}")
+    calls = _calls(message, where)
     for key in ("role", "content"):
-        if message.get(key) is None:
+        if message.get(key) is None and not (calls and key == "content"):
             raise DataError(f"{where}: missing key {key!r}")
     role, train = message["role"], message.get("train")
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r}; {nearest(str(role), ROLES)}", "role")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"{where}: train is {train!r}; give true or false")
-    content = message["content"]
+    answers = message.get("tool_call_id") or ""
+    if not isinstance(answers, str) or (answers and role != "tool"):
+        raise DataError(f"{where}: tool_call_id is {answers!r}; it is a string, in a message of role 'tool'")
+    content = message.get("content")
+    if content is None or (calls and content == ""):
+        content = ()  # an answer that is calls alone
     if isinstance(content, str):
-        return Message(role, (Text(content),), train)
+        return Message(role, (Text(content),), train, calls, answers)
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
         raise DataError(f"{where}: content is {type(content).__name__}; give a string or a list of parts")
-    return Message(role, tuple(_part(p, f"{where}, part {i + 1}") for i, p in enumerate(content)), train)
+    parts = tuple(_part(p, f"{where}, part {i + 1}") for i, p in enumerate(content))
+    return Message(role, parts, train, calls, answers)
+
+
+def _calls(message: Mapping[str, Any], where: str) -> tuple[Call, ...]:
+    """OpenAI's tool calls: ``[{"id": ..., "function": {"name": ..., "arguments": "{...}"}}]``."""
+    values = message.get("tool_calls") or ()
+    if values and (message.get("role") != "assistant" or not isinstance(values, list | tuple)):
+        raise DataError(f"{where}: tool_calls is a list, in a message of the assistant")
+    found = []
+    for number, value in enumerate(values):
+        place = f"{where}, call {number + 1}"
+        function = value.get("function") if isinstance(value, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"{place}: a call needs a function with name and arguments")
+        arguments = function.get("arguments", "{}")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        read_arguments(text, place)
+        found.append(Call(function["name"], text, str(value.get("id") or "")))
+    return tuple(found)
+
+
+def read_arguments(text: str, where: str) -> dict[str, Any]:
+    """The arguments of a call. Raises DataError where they are no JSON object."""
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: the arguments of a call must be a JSON object, as text", "tools")
+    return values
 
 
 def _part(part: Any, where: str) -> Part:

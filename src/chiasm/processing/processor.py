@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from chiasm import registry
 from chiasm.config import Config, PartConfig, part
 from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.processing import tools as tooling
 from chiasm.processing.base import Counter, FrontEnd, Place, TokenizerLike
 from chiasm.processing.box import BoxFormat, region_of, seen_regions
 from chiasm.processing.collate import collate, pack
@@ -27,9 +28,7 @@ from chiasm.processing.masking import Masker, Masking
 from chiasm.processing.messages import parse
 from chiasm.processing.template import Template
 from chiasm.processing.templates import template
-from chiasm.types import Batch, Box, Encoding, MediaItem, Message, Piece, Sample, Text
-
-Conversation = Sequence[Message | Mapping[str, Any]]
+from chiasm.types import Batch, Box, Conversation, Encoding, MediaItem, Message, Piece, Sample, Text
 
 
 def _template(values: Any) -> Any:
@@ -99,8 +98,8 @@ class Processor:
         if lacking:
             raise ConfigError(
                 f"the template writes {', '.join(map(repr, lacking))}, which this tokenizer does not have as control "
-                f"tokens: "
-                "they would be read as ordinary text; choose a template that fits the tokenizer or add the tokens to it"
+                "tokens: they would be read as ordinary text; choose a template that fits the tokenizer or add the "
+                "tokens to it"
             )
         if config.instruction and getattr(tokenizer, "instruction", None) is None:
             raise ConfigError(
@@ -129,10 +128,11 @@ class Processor:
         train: bool = False,
         max_length: int | None = None,
         answers: Sequence[str] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Sample:
         """One conversation → ``Sample``: ``input_ids [T]``, ``loss_mask [T]``, media with slots.
 
-        ``answers`` are what several people answered (``labels``, ``answers``).
+        ``answers`` are what several people answered (``labels``, ``answers``). ``tools`` are OpenAI's.
 
         Raises DataError that names the sample; ConfigError where ``train`` is asked of a template that ends answers
         with nothing generation stops on.
@@ -152,7 +152,7 @@ class Processor:
         if self.config.target == "decoder" and parsed[-1].role == "assistant" and not add_generation_prompt:
             target, parsed = self._target(parsed, id), parsed[:-1]
             add_generation_prompt = True
-        pieces = self.template.render(parsed, add_generation_prompt, f"sample {id!r}")
+        pieces = tooling.render(self.template, parsed, add_generation_prompt, f"sample {id!r}", tools, train)
         sample = self._sample(id, pieces, items, target)
         limit = max_length if max_length is not None else self.config.max_length
         sample = cut(sample, limit, train, prompt=add_generation_prompt)
@@ -208,9 +208,9 @@ class Processor:
         if not self.template.beside and not self._end_ids and not self._end_string:
             name = self.config.template.type
             raise ConfigError(
-                f"template {name!r} closes an answer with nothing that generation stops on, so a model trained with "
-                f"it would "
-                "not learn to stop; set answer_end (for instance the tokenizer's EOS token) or choose another template"
+                f"template {name!r} closes an answer with nothing that generation stops on, so a model trained with it "
+                "would not learn to stop; set answer_end (for instance the tokenizer's EOS token) or choose another "
+                "template"
             )
 
     def _answer_end(self) -> tuple[tuple[int, ...], str]:
@@ -233,14 +233,14 @@ class Processor:
 
     # ------------------------------------------------------------------------------------------------ inspection
 
-    def prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> str:
+    def prompt(self, messages: Conversation, add_generation_prompt: bool = True, tools: Any = None) -> str:
         """The rendered conversation as a readable string, each medium as its placeholder (or ``<kind>``)."""
         parsed = tuple(
             replace(m, parts=tuple(Text(repr(p)) if isinstance(p, Box) else p for p in m.parts))
             for m in parse(messages)
         )
         media = [m for message in parsed for m in message.media]
-        pieces = self.template.render(parsed, add_generation_prompt, "prompt")
+        pieces = tooling.render(self.template, parsed, add_generation_prompt, "prompt", tools)
         return "".join(p.text or (f"<{media[p.medium].kind}>" if p.medium is not None else "") for p in pieces)
 
     def table(self, sample: Sample) -> list[TokenRow]:

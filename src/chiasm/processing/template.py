@@ -13,6 +13,7 @@ from typing import Any, Literal
 from chiasm import registry
 from chiasm.config import Config, PartConfig
 from chiasm.errors import ConfigError, DataError
+from chiasm.processing.tools import CallForm, refuse
 from chiasm.types import Media, Message, Piece, Text
 
 
@@ -31,6 +32,8 @@ class Template:
     end: str = ""  # the literal that closes an answer; generation stops on its control token, or on it as a string
     controls: tuple[str, ...] = ()  # tokens the tokenizer must have; as ordinary text they would be no turn ends
     also_trained: str = ""  # the single tokens of this text are targets wherever a literal holds them
+    form: CallForm | None = None  # how an answer's calls of tools are written, where that can be read back
+    learns_calls = False  # calls in the answers of training data are targets
     beside = False  # media stand beside the text and take no place in it; no answer is asked for or learned
 
     def __init__(self, config: Any, tokens: Mapping[str, str], placeholders: Mapping[str, str]):
@@ -41,6 +44,13 @@ class Template:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[Piece]:
         """The pieces of a conversation. ``where`` names the sample in errors (DataError)."""
         raise NotImplementedError
+
+    def render_tools(
+        self, messages: Sequence[Message], add_generation_prompt: bool, where: str, tools: Sequence[Any] | None
+    ) -> list[Piece]:
+        """``render`` with tools (OpenAI's objects), calls and their results. Raises DataError where it has none."""
+        refuse(messages, where, tools)
+        return self.render(messages, add_generation_prompt, where)
 
     def close(self, ids: list[int], suffix: Sequence[int], pad: int) -> list[int]:
         """The ids of a text beside its media, ended: ``suffix`` is what the tokenizer ends a text with."""

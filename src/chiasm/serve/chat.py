@@ -17,6 +17,7 @@ from chiasm.infer.request import QueueFull, Stopped
 from chiasm.infer.request import Request as Ask
 from chiasm.serve import content
 from chiasm.serve.body import reading
+from chiasm.serve.calls import Calls, joined
 from chiasm.serve.content import Outline
 from chiasm.serve.errors import ApiError, internal, refused
 from chiasm.serve.flow import Flow
@@ -26,7 +27,7 @@ from chiasm.serve.sampling import constraint, sampling
 from chiasm.serve.schema import ChatRequest
 from chiasm.serve.send import PING, Stream, Whole, sse
 from chiasm.serve.state import State, find, state_of
-from chiasm.serve.tools import Calls, Tooling
+from chiasm.serve.tools import Tooling
 
 
 async def completions(request: Request) -> Response:
@@ -36,7 +37,7 @@ async def completions(request: Request) -> Response:
         stack.enter_context(state.admitted())
         job = await _submitted(request, state)
         stack.callback(job.flow.cancel)  # also where the client is gone before the first step of the answer
-        rest = state.metrics, stack.pop_all().close, state.options.limits.send_seconds, job.tooling.headers
+        rest = state.metrics, stack.pop_all().close, state.options.limits.send_seconds
         return Stream(job.events, *rest) if job.wanted.stream else Whole(job.whole, *rest)
 
 
@@ -46,7 +47,7 @@ async def _submitted(request: Request, state: State) -> Job:
         served = find(request, wanted.model)
         if not served.can_chat:
             raise ApiError(400, "this model writes no answers; one with two towers is asked at /v1/embeddings", "model")
-        tooling = Tooling.of(served, wanted)
+        tooling = Tooling.of(served, wanted, state.options.limits)
         outline = content.read(wanted.messages, state.options.limits)
         _roomy(state, served, wanted.answers)
         head = Head(served.name, served.fingerprint)
@@ -82,7 +83,7 @@ def _submit(
     messages = content.opened(state, outline, found)
     handles: list[Any] = []
     try:
-        limits = constraint(wanted, state.options.limits)
+        limits = tooling.constraint or constraint(wanted, state.options.limits)
         for index in range(wanted.answers):
             chosen = sampling(wanted, state.options, served.vlm, index)
             ask = Ask(
@@ -90,6 +91,8 @@ def _submit(
                 sampling=chosen,
                 constraint=limits,
                 tools=tooling.tools,
+                lead=tooling.lead,
+                marks=tooling.marks,
                 salt=salt,
                 continue_final=bool(wanted.continue_final_message),
                 id=name,
@@ -138,8 +141,8 @@ class Job:
             texts[index].append(text)
             made[index] += calls
         choices = [
-            choice(i, "".join(texts[i]), self._logprobs(tokens[i], True), finish.reason, made[i])
-            for i, finish in enumerate(self.flow.finishes)
+            choice(i, "".join(texts[i]), self._logprobs(tokens[i], True), self._reason(i), joined(made[i]))
+            for i in range(self.wanted.answers)
         ]
         return self.head.completion(choices, usage(self.flow.finishes))
 
@@ -147,7 +150,6 @@ class Job:
         """The events of a stream. The first comes before anything is computed: clients time out on silence."""
         for index in range(self.wanted.answers):
             yield self._event([delta(index, {"role": "assistant", "content": ""})])
-        called = [0] * self.wanted.answers
         async with aclosing(self.flow.pieces()) as pieces:
             async for index, piece in pieces:
                 if piece is None:
@@ -157,27 +159,26 @@ class Job:
                 logprobs = self._logprobs(piece.logprobs)
                 if text or logprobs:
                     yield self._event([delta(index, {"content": text}, logprobs)])
-                if calls:
-                    yield self._event([delta(index, {"tool_calls": _numbered(calls, called[index])})])
-                    called[index] += len(calls)
-        for index, finish in enumerate(self.flow.finishes):
+                for call in calls:
+                    yield self._event([delta(index, {"tool_calls": [call]})])
+        for index in range(self.wanted.answers):
             text, calls = self.calls[index].flush()
             if text:
                 yield self._event([delta(index, {"content": text})])
-            if calls:
-                yield self._event([delta(index, {"tool_calls": _numbered(calls, called[index])})])
-            reason = "tool_calls" if calls or called[index] else finish.reason
-            yield self._event([delta(index, {}, None, reason)])
+            for call in calls:
+                yield self._event([delta(index, {"tool_calls": [call]})])
+            yield self._event([delta(index, {}, None, self._reason(index))])
         if self.wanted.usage_in_stream:
             told = usage(self.flow.finishes)
             yield sse(self.head.chunk([], told, True))
+
+    def _reason(self, index: int) -> str:
+        """Why an answer ended: a call that was cut short is as any text cut short."""
+        calls, finish = self.calls[index], self.flow.finishes[index]
+        return "tool_calls" if calls.count and not calls.unfinished else str(finish.reason)
 
     def _event(self, choices: Sequence[dict[str, Any]]) -> bytes:
         return sse(self.head.chunk(list(choices), None, self.wanted.usage_in_stream))
 
     def _logprobs(self, tokens: Sequence[Any], whole: bool = False) -> dict[str, Any] | None:
         return logprob_content(tokens) if self.wanted.logprobs and (tokens or whole) else None
-
-
-def _numbered(calls: Sequence[dict[str, Any]], first: int) -> list[dict[str, Any]]:
-    return [{"index": first + i, **call} for i, call in enumerate(calls)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from chiasm.serve.errors import ApiError, refused, shown
 from chiasm.serve.gate import Wanted
 from chiasm.serve.options import Limits
 from chiasm.serve.state import State, state_of
-from chiasm.types import Image, Message, Part, Text
+from chiasm.types import Call, Image, Message, Part, Text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -29,7 +28,7 @@ class Turn:
 
     role: str
     parts: list[str | int]
-    calls: tuple[Mapping[str, Any], ...] = ()
+    calls: tuple[Call, ...] = ()
     answers: str = ""  # the id of the call that a tool message answers
 
 
@@ -70,9 +69,9 @@ def built(outline: Outline, pictures: list[Pillow.Image]) -> tuple[Message, ...]
 
 def _message(turn: Turn, pictures: list[Pillow.Image]) -> Message:
     parts: list[Part] = [Image(pictures[p]) if isinstance(p, int) else Text(p) for p in turn.parts]
-    if turn.calls or turn.role == "tool":
-        raise ApiError(400, "this model's prompt has no place for tool calls and their results", "messages")
-    return Message(turn.role, tuple(parts))
+    if turn.calls:
+        parts = [part for part in parts if part != Text("")]
+    return Message(turn.role, tuple(parts), calls=turn.calls, answers=turn.answers)
 
 
 def read(values: Any, limits: Limits) -> Outline:
@@ -87,6 +86,7 @@ def read(values: Any, limits: Limits) -> Outline:
     if sum(len(turn.parts) for turn in outline.turns) > limits.parts:
         raise ApiError(400, f"the messages have more than {limits.parts} parts", "messages")
     length = sum(len(part) for turn in outline.turns for part in turn.parts if isinstance(part, str))
+    length += sum(len(call.name) + len(call.arguments) for turn in outline.turns for call in turn.calls)
     if length > limits.text_characters:
         text = f"the messages have {length} characters; at most {limits.text_characters} are taken"
         raise ApiError(400, text, "messages", "context_length_exceeded")
@@ -104,13 +104,14 @@ def _turn(value: Any, place: str, wanted: list[Wanted]) -> Turn:
     content = value.get("content")
     if content is None and role == "assistant" and (calls or isinstance(value.get("refusal"), str)):
         content = value.get("refusal") or ""
+    answers = str(value.get("tool_call_id") or "")[:128] if role == "tool" else ""
     if isinstance(content, str):
-        return Turn(role, [content], calls, str(value.get("tool_call_id") or "")[:128])
+        return Turn(role, [content], calls, answers)
     if not isinstance(content, list) or not content:
         text = f"{place}.content must be a string or a list of at least one part"
         raise ApiError(400, text, f"{place}.content")
     parts = [part(one, role, f"{place}.content[{i}]", wanted) for i, one in enumerate(content)]
-    return Turn(role, parts, calls, str(value.get("tool_call_id") or "")[:128])
+    return Turn(role, parts, calls, answers)
 
 
 def part(part: Any, role: str, place: str, wanted: list[Wanted]) -> str | int:
@@ -147,17 +148,19 @@ def _picture(part: dict[str, Any], kind: str, place: str) -> tuple[str, str]:
     return value, detail or "auto"
 
 
-def _calls(value: dict[str, Any], role: str, place: str) -> tuple[Mapping[str, Any], ...]:
+def _calls(value: dict[str, Any], role: str, place: str) -> tuple[Call, ...]:
     """The tool calls of an assistant's message. Raises ApiError."""
     calls = value.get("tool_calls")
     if calls is None or calls == []:
         return ()
     if role != "assistant" or not isinstance(calls, list):
         raise ApiError(400, f"{place}.tool_calls must be a list, in a message of the assistant", f"{place}.tool_calls")
+    found = []
     for number, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         good = isinstance(function, dict) and all(isinstance(function.get(k), str) for k in ("name", "arguments"))
-        if not good:
+        if not isinstance(function, dict) or not good:
             text = f"{place}.tool_calls[{number}] needs a function with name and arguments, both strings"
             raise ApiError(400, text, f"{place}.tool_calls[{number}]")
-    return tuple(calls)
+        found.append(Call(function["name"], function["arguments"], str(call.get("id") or "")[:128]))
+    return tuple(found)

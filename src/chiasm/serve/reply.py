@@ -51,7 +51,7 @@ def choice(index: int, text: str, logprobs: Any, reason: str, calls: Sequence[di
         "index": index,
         "message": message,
         "logprobs": logprobs,
-        "finish_reason": "tool_calls" if calls else reason,
+        "finish_reason": reason,
     }
 
 

@@ -57,11 +57,9 @@ def _bias(values: dict[str, float], vlm: Any) -> dict[int, float]:
 
 def constraint(wanted: ChatRequest, limits: Limits) -> Any:
     """What an answer may be: by ``response_format``, or by one of the ``guided_*`` fields. Raises ApiError."""
-    given = [name for name in ("guided_json", "guided_choice", "guided_regex", "guided_grammar") if _set(wanted, name)]
+    given = held_to(wanted)
     form = wanted.response_format or {}
-    kind = form.get("type", "text" if not form else None)
-    if kind != "text":
-        given.append("response_format")
+    kind = form.get("type")
     if len(given) > 1:
         raise ApiError(400, f"{' and '.join(given)} both say what an answer may be; give one", given[1])
     if not given:
@@ -85,8 +83,12 @@ def constraint(wanted: ChatRequest, limits: Limits) -> Any:
     return _made("JsonSchema", _schema(schema, limits, "response_format.json_schema.schema"), "response_format")
 
 
-def _set(wanted: ChatRequest, name: str) -> bool:
-    return getattr(wanted, name) is not None
+def held_to(wanted: ChatRequest) -> list[str]:
+    """The fields of a request that say what an answer may be."""
+    names = ("guided_json", "guided_choice", "guided_regex", "guided_grammar")
+    form = wanted.response_format or {"type": "text"}
+    free = form.get("type") == "text"
+    return [name for name in names if getattr(wanted, name) is not None] + ["response_format"] * (not free)
 
 
 def _schema(schema: Any, limits: Limits, place: str) -> dict[str, Any]:

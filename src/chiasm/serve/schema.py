@@ -15,7 +15,7 @@ Choice = Annotated[str, Field(min_length=1, max_length=1024)]
 
 # Fields that would change the answer and that this server cannot honour: they are refused unless they say nothing.
 # Unknown fields are ignored, since OpenAI's clients add new ones often; so are hints and bookkeeping (user, metadata,
-# store, service_tier, prediction, reasoning_effort, verbosity, prompt_cache_*, safety_identifier, parallel_tool_calls).
+# store, service_tier, prediction, reasoning_effort, verbosity, prompt_cache_*, safety_identifier).
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "modalities": (None, ["text"]),
@@ -67,6 +67,7 @@ class ChatRequest(BaseModel):
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     # Beyond OpenAI's, under the names that vLLM gives them.
     top_k: int | None = Field(default=None, ge=-1, le=MAX)
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)

@@ -25,9 +25,9 @@ PING = b": ping\n\n"
 class Answering(Response):
     """A response that is computed while the client listens. ``closed`` is called at its end, whatever the end is."""
 
-    def __init__(self, metrics: Metrics, closed: Callable[[], None], send_seconds: float, extra: dict[str, str]):
+    def __init__(self, metrics: Metrics, closed: Callable[[], None], send_seconds: float):
         super().__init__()
-        self.metrics, self.closed, self.send_seconds, self.extra = metrics, closed, send_seconds, extra
+        self.metrics, self.closed, self.send_seconds = metrics, closed, send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Races the answer against the client's going away."""
@@ -61,7 +61,7 @@ class Whole(Answering):
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            response = Response(dumps(await self.made()), headers=self.extra, media_type="application/json")
+            response = Response(dumps(await self.made()), media_type="application/json")
         except ApiError as error:
             response = error.response()
         await response(scope, receive, send)
@@ -76,8 +76,7 @@ class Stream(Answering):
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        headers = [*EVENTS, *((key.encode(), value.encode()) for key, value in self.extra.items())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
         try:
             async with aclosing(self.events()) as events:
                 async for event in events:

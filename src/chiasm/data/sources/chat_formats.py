@@ -23,7 +23,7 @@ from chiasm.registry import register
 from chiasm.types import Image, Media, Message, Text, Video
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+OPENAI_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 
 
 class ChatConfig(SourceConfig):
@@ -70,8 +70,10 @@ class OpenAI(RecordSource):
 
     def _turn(self, turn: Any, where: str) -> dict[str, Any]:
         role = _role(need(turn, "role", where), OPENAI_ROLES, where)
-        known_keys(turn, ("role", "content", "weight"), where)
-        given: dict[str, Any] = {"role": role, "content": need(turn, "content", where)}
+        known_keys(turn, ("role", "content", "weight", "tool_calls", "tool_call_id"), where)
+        content = turn.get("content") if turn.get("tool_calls") else need(turn, "content", where)
+        given: dict[str, Any] = {"role": role, "content": content}
+        given |= {key: turn[key] for key in ("tool_calls", "tool_call_id") if key in turn}
         if "weight" in turn:
             if turn["weight"] not in (0, 1) or role != "assistant":
                 raise DataError(f"{where}: weight {turn['weight']!r} of a {role} turn; an answer may have 0 or 1")
