@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from serving_kit import picture
+from serving_kit import picture, tiny
 
+import chiasm
 from chiasm.cli import chat, main
 from chiasm.cli.talk import Talk
 from chiasm.cli.terminal import BLOCK, clean, files_in, overlay, preview
@@ -136,6 +137,26 @@ def test_one_shot_is_the_answer_and_nothing_else(run, vlm, red: Path):
         max_new_tokens=6,
     )
     assert run(arguments=(str(red), "What?")) == clean(expected) + "\n"
+
+
+def test_quantized_weights_answer(red: Path, tmp_path: Path):
+    sizes = {"model.lm.dim": 64, "model.lm.mlp": 128}
+    folder = tiny(tmp_path / "tokenizer", **sizes).save(tmp_path / "model")
+    words = [str(folder), str(red), "What is it?", "--max-new-tokens", "6", "--device", "cpu", "--dtype", "bfloat16"]
+    done = CliRunner().invoke(main, ["chat", *words, "--quantize", "int8"])
+    vlm = chiasm.load(folder, dtype="bfloat16", quantize="int8")
+    asked = {"role": "user", "content": [{"type": "image", "image": str(red)}, "What is it?"]}
+    assert done.exit_code == 0 and done.output.rstrip("\n") == vlm.generate([asked], max_new_tokens=6).rstrip("\n")
+
+
+@pytest.mark.parametrize("verb", ["chat", "eval", "generate"])
+def test_verbs_hand_the_width_of_weights_on(verb: str, red: Path, monkeypatch: pytest.MonkeyPatch):
+    def load(name: str, **options: object) -> None:
+        raise ConfigError(f"asked for {options['quantize']}")
+
+    monkeypatch.setattr(chiasm, "load", load)
+    done = CliRunner().invoke(main, [verb, "model", str(red), *(["?"] * (verb != "eval")), "--quantize", "int4"])
+    assert "asked for int4" in done.output + str(done.exception)
 
 
 def test_a_conversation(run, red: Path):

@@ -365,7 +365,7 @@ def test_a_slow_drip_has_an_end():
         0.05,
         fetch_seconds=0.4,
     )
-    assert found == "a picture could not be fetched in time" and time.monotonic() - start < 2
+    assert found == "a picture could not be fetched in time" and time.monotonic() - start < 20  # the whole takes 50
 
 
 def test_no_proxy_of_the_environment(monkeypatch):
@@ -462,7 +462,7 @@ def test_files_that_are_not_of_the_root(root: Path, url: str):
     start = time.monotonic()
     with pytest.raises(Refused) as told:
         read(url.replace("{root}", str(root)), MediaOptions(root=str(root), picture_bytes=4000))
-    assert "/" not in str(told.value) and time.monotonic() - start < 1
+    assert "/" not in str(told.value) and time.monotonic() - start < 20  # a pipe would be waited for without end
     with pytest.raises(Refused):
         read(url.replace("{root}", str(root)), MediaOptions())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
 import openai
@@ -155,29 +156,32 @@ def test_silence_is_filled(vlm):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_stops_the_computation(vlm, monkeypatch, stream):
+    """The engine stands still while the client leaves, so that it does not matter how soon the server sees it."""
     served = ready(vlm)
-    steps = []
+    steps, go = [], threading.Event()
     step = served.service.scheduler.step
 
-    def slowly() -> None:
+    def counted() -> None:
         if served.service.stats()["running"]:
             steps.append(1)
-            time.sleep(0.02)
+            if len(steps) == 5:
+                go.wait(60)
         step()
 
-    monkeypatch.setattr(served.service.scheduler, "step", slowly)
+    monkeypatch.setattr(served.service.scheduler, "step", counted)
     with serving(served) as running:
         connection = raw(running, stream=stream)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while len(steps) < 5:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         connection.close()
+        while running.state.answering:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        go.set()
         running.idle()
-        seen = len(steps)
-        assert seen < 60
-        time.sleep(0.3)
-        assert len(steps) - seen <= 1
+        assert len(steps) <= 6
         assert running.get("/metrics").body.count(b"chiasm:request_cancelled_total 1") == 1
 
 
@@ -186,7 +190,7 @@ def test_a_client_that_goes_away_while_it_waits(vlm):
     slow = served.service = Slow(served.service)
     with serving(served) as running:
         connections = [raw(running, stream=i % 2 == 0) for i in range(10)]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while running.state.answering < 10:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -202,9 +206,7 @@ def test_a_client_that_goes_away_while_it_waits(vlm):
 def test_a_slow_reader_does_not_stop_the_others(vlm):
     with serving(ready(vlm)) as running:
         readers = [raw(running, stream=True, n=4) for _ in range(2)]
-        start = time.monotonic()
-        assert running.chat("x", max_tokens=2).status == 200
-        assert time.monotonic() - start < 10
+        assert running.chat("x", max_tokens=2).status == 200  # its client would give up after a minute
         for reader in readers:
             reader.close()
         running.idle()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chiasm.cli.options import MODEL, loading, open_model, parts, sampling
+from chiasm.cli.options import MODEL, loading, open_model, parts, quantized, sampling
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +37,7 @@ cat.png what is this?   a picture's path, typed, pasted or dragged here, goes wi
 @click.option("--preview/--no-preview", default=None, help="Show pictures in the terminal. Default: where it can.")
 @sampling
 @loading
+@quantized
 def command(
     model: str,
     words: tuple[str, ...],
@@ -46,6 +47,7 @@ def command(
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
+    quantize: str | None,
     **settings: Any,
 ) -> None:
     """Talk to MODEL about pictures. With a QUESTION: answer it and end. Without: open a conversation."""
@@ -56,7 +58,7 @@ def command(
     pictures, question = parts(words)
     settings["stop"] = list(settings["stop"])
     console = Console(highlight=False)
-    talk = Talk(open_model(model, device, dtype, ignore_fingerprint), settings, system)
+    talk = Talk(open_model(model, device, dtype, ignore_fingerprint, quantize), settings, system)
     if saved is not None:
         talk.load(saved)
     talk.waiting = list(pictures)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chiasm.cli.options import MODEL, OVERRIDES, loading, open_model
+from chiasm.cli.options import MODEL, OVERRIDES, loading, open_model, quantized
 
 
 @click.command("eval")
@@ -19,6 +19,7 @@ from chiasm.cli.options import MODEL, OVERRIDES, loading, open_model
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="Default: the recipe's.")
 @click.option("--no-shuffled", is_flag=True, help="Leave out the control with shuffled pictures.")
 @loading
+@quantized
 def command(
     model: str,
     recipe: Path,
@@ -31,6 +32,7 @@ def command(
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
+    quantize: str | None,
 ) -> None:
     """Score MODEL on the held-out sources of the YAML file RECIPE and write a table, every answer, and a report."""
     from rich.console import Console
@@ -42,7 +44,7 @@ def command(
     from chiasm.train.model import best_device
 
     with started(best_device(device or "auto")) as ranks:  # under torchrun each rank answers its share
-        vlm = open_model(model, device, dtype, ignore_fingerprint)
+        vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
         evaluate_recipe(
             vlm,
             load_recipe(recipe, parse_overrides(overrides)),
