@@ -212,12 +212,39 @@ def test_where_it_looked(page, engines, red: Path):
         " return [c.width, c.height, new Set(d).size, Math.abs(c.clientWidth - i.clientWidth)]; })()"
     )
     assert shown[:2] == [40, 24] and shown[2] > 4 and shown[3] <= 1
+    assert drawn(page)
     page.click(".look .choice button:nth-child(2)")
     page.wait("document.querySelector('.look .told').textContent.startsWith('Gradient')")
     page.click("button[title='Inside the model']")
     page.wait("document.querySelectorAll('#stages tbody tr').length > 4")
     page.key("Escape", 27)
     page.wait("!document.querySelector('#stages-box').open")
+
+
+def drawn(page: browser.Browser) -> bool:
+    """Whether each map lies exactly on its picture, which has its own shape."""
+    return page.js(
+        "[...document.querySelectorAll('.look figure')].every((f) => { const i = f.querySelector('img'),"
+        " a = i.getBoundingClientRect(), b = f.querySelector('canvas').getBoundingClientRect();"
+        " return ['x', 'y', 'width', 'height'].every((k) => Math.abs(a[k] - b[k]) < 1)"
+        " && Math.abs(a.width / a.height - i.naturalWidth / i.naturalHeight) < 0.02; })"
+    )
+
+
+@pytest.mark.parametrize("size", [(600, 400), (300, 900), (1600, 200)])
+def test_the_map_lies_on_the_picture_whatever_its_shape(page, engines, tmp_path: Path, size):
+    picture(size).save(tmp_path / "any.png")
+    page.files("#file", tmp_path / "any.png")
+    page.wait("document.querySelectorAll('#pictures li img').length === 1")
+    engines["first"].say = "A fox."
+    say(page, "What?")
+    page.click("button[title='Where it looked']")
+    page.wait("document.querySelector('.look figure canvas')")
+    page.wait("document.querySelector('.look figure img').complete")
+    assert drawn(page)
+    page.size(360, 700, phone=True)
+    page.wait("innerWidth === 360")
+    assert drawn(page) and page.js("document.documentElement.scrollWidth") <= 360
 
 
 def test_themes_and_a_phones_width(page):

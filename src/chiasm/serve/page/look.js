@@ -84,10 +84,13 @@ async function figure(heat, picture, method, strength) {
   const share = `${(100 * heat.share).toFixed(heat.share < 0.1 ? 1 : 0)} %`;
   const of = method === "attention" ? "of all attention" : "of all heat";
   const name = heat.frame === null ? `picture ${heat.index + 1}` : `frame ${heat.frame + 1}`;
+  const over = make("div.over", {}, make("img", { src: picture.url, alt: picture.name || name }), canvas);
+  // As wide as the picture is shown, or the map would lie beside it.
+  over.style.width = `min(100%, 26rem, ${(24 * map.naturalWidth) / map.naturalHeight}rem)`;
   return make(
     "figure",
     {},
-    make("div.over", {}, make("img", { src: picture.url, alt: picture.name || name }), canvas),
+    over,
     make("figcaption", {}, `${name}: ${share} ${of}`),
   );
 }

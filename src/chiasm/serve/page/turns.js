@@ -55,7 +55,7 @@ export function draw(answer, node) {
   const body = node.querySelector(".text");
   body.replaceChildren(render(answer.text));
   for (const block of body.querySelectorAll("pre")) block.append(button("copy", "Copy the code", () => copy(block.firstChild.textContent)));
-  if (answer.state === "busy") body.append(make("span.caret", { ariaLabel: "writing" }));
+  if (answer.state === "busy") end(body).append(make("span.caret", { ariaLabel: "writing" }));
   if (answer.error) body.append(make("p.error", { role: "alert" }, answer.error));
   if (answer.state === "stopped") body.append(make("p.remark", {}, "stopped"));
   if (answer.state === "length") body.append(make("p.remark", {}, "cut off at the most new tokens (see settings)"));
@@ -83,4 +83,10 @@ async function copy(text) {
   } catch {
     note("This browser does not allow copying here.");
   }
+}
+
+/** The block that the next word will stand in. */
+function end(body) {
+  const inner = body.lastElementChild;
+  return inner && ["P", "UL", "OL", "LI", "BLOCKQUOTE"].includes(inner.tagName) ? end(inner) : body;
 }
