@@ -1,6 +1,6 @@
 """Servers side by side: ``chiasm serve`` and ``transformers serve`` with the same weights, questions and pictures.
 
-    python benchmarks/serve.py [--clients 1 4 16] [--requests 3] [--tokens 32] [--threads 2]
+    python benchmarks/serve.py [--clients 1 4 16] [--requests 3] [--peer-requests 1] [--tokens 32] [--threads 2]
 
 A random LLaVA of a given size is written once in each layout. Each server runs in a process of its own, one after the
 other, with the same number of threads. Every client asks one streamed question after the other, each with a picture of
@@ -194,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=3, help="of each client")
+    parser.add_argument("--peer-requests", type=int, default=None, help="of each client, to a slower peer")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--size", choices=list(SIZES), default="0.1B")
@@ -205,8 +206,9 @@ def main() -> None:
     for name, (words, model) in servers(own, hf).items():
         with Server(words, options.threads, options.folder / "log.txt") as server:
             ask(server.port, model, 0, 4)  # loads and compiles what is left to load
+            many = options.requests if model == "bench" else options.peer_requests or options.requests
             for clients in options.clients:
-                row = {"server": name, **load(server.port, model, clients, options.requests, options.tokens)}
+                row = {"server": name, **load(server.port, model, clients, many, options.tokens)}
                 rows.append({**row, "peak_mb": server.memory()})
                 print(json.dumps(rows[-1]), flush=True)
                 write(rows, options, parameters)
@@ -228,16 +230,18 @@ def write(rows: list[dict], options: argparse.Namespace, parameters: int) -> Non
         "# Servers, measured",
         "",
         f"`python benchmarks/serve.py`: a random LLaVA of {parameters / 1e6:.0f} M parameters in bfloat16, "
-        f"threads: {options.threads}, each client asks {options.requests} streamed questions with a picture of its "
+        f"threads: {options.threads}, each client asks one streamed question after the other, with a picture of its "
         f"own, {options.tokens} tokens each. {options.note}".strip(),
         "",
-        "| server | clients | tokens/s | requests/s | TTFT median, s | TTFT p95, s | per token, ms | peak, MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| server | clients | asked | tokens/s | requests/s | TTFT median, s | TTFT p95, s | a token, ms | peak, MB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         speeds = f"{row['tokens_per_s']:.1f} | {row['requests_per_s']:.2f}"
         times = f"{row['ttft_median_s']:.2f} | {row['ttft_p95_s']:.2f} | {row['tpot_median_ms']:.0f}"
-        lines.append(f"| {row['server']} | {row['clients']} | {speeds} | {times} | {row['peak_mb']:.0f} |")
+        lines.append(
+            f"| {row['server']} | {row['clients']} | {row['requests']} | {speeds} | {times} | {row['peak_mb']:.0f} |"
+        )
     if not importlib.util.find_spec("fastapi"):
         lines += ["", "`transformers serve` was not installed (it needs fastapi)."]
     (folder / "serve.md").write_text("\n".join(lines) + "\n")
