@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from serving_kit import Running, data_url, encoded, picture, ready, serving, shows
+from tool_kit import HERMES, TIME, WEATHER, model
 
 SEED: dict[str, Any] = {
     "model": "tiny",
@@ -99,9 +100,9 @@ def spots(value: Any, path: tuple = ()) -> list[tuple]:
     return found
 
 
-def mutated(rng: random.Random) -> bytes:
+def mutated(rng: random.Random, seed: dict[str, Any]) -> bytes:
     """A request that differs from a good one in one to three places, or in some bytes."""
-    value = copy.deepcopy(SEED)
+    value = copy.deepcopy(seed)
     for _ in range(rng.randint(1, 3)):
         *way, last = rng.choice(spots(value))
         inner = value
@@ -137,9 +138,9 @@ def attack(running: Running, bodies) -> dict[int, int]:
     return seen
 
 
-def fuzz(running: Running, count: int, seed: int) -> None:
+def fuzz(running: Running, count: int, seed: int, good: dict[str, Any] = SEED) -> None:
     rng = random.Random(seed)
-    seen = attack(running, (mutated(rng) for _ in range(count)))
+    seen = attack(running, (mutated(rng, good) for _ in range(count)))
     assert seen[200] > count // 20 and seen[400] > count // 4, seen
     running.idle()
     assert running.chat("Still there?").status == 200
@@ -156,6 +157,28 @@ def test_ten_thousand_odd_requests(vlm):
         before = resident()
         fuzz(running, 9000, 2)
         assert resident() < before * 1.05
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": ["Oslo", 1, null]}'}}
+TOOLED: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c", "content": "t"},
+    ],
+    "max_tokens": 2,
+    "tools": [WEATHER, TIME],
+    "tool_choice": {"type": "function", "function": {"name": "weather"}},
+    "parallel_tool_calls": False,
+}
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_odd_requests_with_tools(tmp_path, count: int):
+    with serving(ready(model(tmp_path, HERMES))) as running:
+        for number, choice in enumerate((TOOLED["tool_choice"], "auto", "required")):
+            fuzz(running, count // 3, number, {**TOOLED, "tool_choice": choice})
 
 
 def files() -> list[bytes]:

@@ -57,6 +57,7 @@ class JinjaTemplate(Template):
         self.end = self._find_end()
         self._gap = self._lead()
         self.form = self._find_form()
+        self.learns_calls = re.search(r"{%[-+]?\s*generation\b", config.source) is not None
 
     # ------------------------------------------------------------------------------------------------ rendering
 
@@ -221,7 +222,6 @@ class JinjaTemplate(Template):
             text = self._run(probe, names, False, "probe")
         except DataError:
             return ""
-        self.learns_calls = BEGIN in text
         tail = text.partition(names[1])[2].replace(BEGIN, "").replace(END, "")
         return tail.rstrip()
 
