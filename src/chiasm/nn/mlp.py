@@ -99,7 +99,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, N, D]`` → ``[B, N, D]``."""
         inner = linear(self.fc1, x)  # [B, N, hidden]
-        if self.name in kernels.ACTIVATIONS and not self.fc1._forward_hooks and kernels.plain(inner):
+        own = type(self.fc1) is nn.Linear and not self.fc1._forward_hooks  # nobody else holds what it gives
+        if own and self.name in kernels.ACTIVATIONS and kernels.plain(inner):
             inner = kernels.activate_(inner, self.name)
         else:
             inner = self.activation(inner)
