@@ -275,7 +275,11 @@ def main() -> None:
             "indexing": lambda: indexing(work, options),
             "search": lambda: searching(work, options),
         }
-        rows = {name: run() if name in options.only.split(",") else [] for name, run in parts.items()}
+        wanted = options.only.split(",")
+        if "embedding" in wanted and not TOKENIZER.is_dir():
+            print(f"towers: there is no {TOKENIZER}, so embedding is left out", flush=True)
+            wanted.remove("embedding")
+        rows = {name: run() if name in wanted else [] for name, run in parts.items()}
     write(rows, options, found)
 
 
