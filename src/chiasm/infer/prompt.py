@@ -129,6 +129,18 @@ def chain(prompt: Prompt, block: int, seed: bytes, ids: Tensor | None = None) ->
     return found
 
 
+def marks(prompt: Prompt, ids: Tensor | None = None) -> Tensor:
+    """What stands at each position: bytes ``[T, 40]``, of an id, or of a place within a medium and its key."""
+    ids = prompt.ids if ids is None else ids
+    found = torch.zeros(len(ids), 40, dtype=torch.uint8)
+    found[:, :8] = ids.contiguous().view(torch.uint8).view(-1, 8)
+    for medium in prompt.media:
+        places = torch.arange(len(medium.slots)).view(torch.uint8).view(-1, 8)
+        key = torch.frombuffer(bytearray(medium.key), dtype=torch.uint8).expand(len(places), -1)
+        found[medium.slots] = torch.cat((places, key), dim=1)
+    return found
+
+
 def state_of(model: Any) -> bytes:
     """A hash that changes when a parameter is replaced, moved or changed in place: what is remembered is then stale."""
     digest = hashlib.sha256()
@@ -138,4 +150,4 @@ def state_of(model: Any) -> bytes:
     return digest.digest()
 
 
-__all__ = ["Medium", "Prompt", "asked", "chain", "prompts_of", "state_of"]
+__all__ = ["Medium", "Prompt", "asked", "chain", "marks", "prompts_of", "state_of"]

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from chiasm.infer.answer import Writer, guess
 from chiasm.infer.kept import Kept
-from chiasm.infer.prompt import Prompt, chain
+from chiasm.infer.prompt import Prompt, chain, marks
 from chiasm.infer.request import Finish, Piece
 from chiasm.infer.sampling import check_finite
 from chiasm.infer.slots import Run, Slots
 from chiasm.infer.steps import Steps
 from chiasm.types import Batch
 
+AFTER = b"after"
 BESIDE = 96
 """Prompt tokens computed in a step beside answers that are being written: a few tokens' time."""
 
@@ -47,6 +48,7 @@ class Job:
     cached: int = 0  # of them, those that were copied
     seed: bytes = b""  # of the hashes
     keys: list[bytes] = field(default_factory=list)  # of the blocks of the prompt
+    marks: Tensor | None = None  # [T, 40] of its positions
     x: Tensor | None = None  # [T, D] where the prompt holds media
     steps: Steps | None = None
     begun: float = field(default_factory=time.monotonic)
@@ -161,7 +163,7 @@ class Scheduler:
             return
         job.seed = hashlib.sha256(self.seed() + b"\0" + job.salt.encode()).digest()
         if self.prefixes is not None and self.slots is not None:
-            job.keys = chain(job.prompt, self.slots.block, job.seed)
+            job.keys, job.marks = chain(job.prompt, self.slots.block, job.seed), marks(job.prompt)
 
     def _copy(self, job: Job, slots: Slots, pending: set[bytes]) -> bool:
         """Copy the blocks that are remembered. False: the next one is being computed by another job."""
@@ -172,12 +174,31 @@ class Scheduler:
             number = job.filled // slots.block
             block = self.prefixes.get(job.keys[number])
             if block is None:
-                return job.keys[number] not in pending
+                if job.keys[number] in pending:
+                    return False
+                break
             slots.write(job.slot, number, block)
             job.filled += slots.block
             job.cached += slots.block
             self.totals["cached_tokens"] += slots.block
+        if job.filled % slots.block == 0:
+            self._copy_part(job, slots, job.filled // slots.block)
         return True
+
+    def _copy_part(self, job: Job, slots: Slots, number: int) -> None:
+        """Copy what a block has in common with the one that was remembered after the same beginning."""
+        assert self.prefixes is not None and job.marks is not None
+        told = self.prefixes.get(AFTER + _before(job, number))
+        block = None if told is None else self.prefixes.get(told[:32].numpy().tobytes())
+        if told is None or block is None:
+            return
+        own = job.marks[job.filled : min(job.filled + slots.block, len(job.prompt) - 1)]
+        same = (own == told[32:].view(-1, own.shape[1])[: len(own)]).all(1).int().cumprod(0)
+        count = int(same.sum())
+        slots.write(job.slot, number, block[..., :count, :])
+        job.filled += count
+        job.cached += count
+        self.totals["cached_tokens"] += count
 
     def _fill(self, slots: Slots) -> None:
         """At most a chunk of the prompts' tokens, the longest waiting first."""
@@ -213,17 +234,20 @@ class Scheduler:
                 row += 1
 
     def _remember(self, job: Job, slots: Slots, end: int) -> None:
-        if self.prefixes is not None:
+        if self.prefixes is not None and job.marks is not None:
             for number in range(job.filled // slots.block, end // slots.block):
                 if job.keys[number] not in self.prefixes:
                     self.prefixes.put(job.keys[number], slots.read(job.slot, number))
+                    told = job.marks[number * slots.block : (number + 1) * slots.block].flatten()
+                    key = torch.frombuffer(bytearray(job.keys[number]), dtype=torch.uint8)
+                    self.prefixes.put(AFTER + _before(job, number), torch.cat((key, told)))
 
     def _remember_answer(self, job: Job, slots: Slots) -> None:
         """The answer's blocks too: the next turn of the conversation begins with them."""
         if self.prefixes is not None:
             whole = torch.cat((job.prompt.ids, torch.tensor(job.writer.ids[:-1], dtype=torch.long)))
             if len(whole) // slots.block > len(job.keys):
-                job.keys = chain(job.prompt, slots.block, job.seed, whole)
+                job.keys, job.marks = chain(job.prompt, slots.block, job.seed, whole), marks(job.prompt, whole)
                 self._remember(job, slots, len(whole))
 
     def _embed(self, job: Job) -> None:
@@ -314,6 +338,11 @@ class Scheduler:
         if job.writer.reason:
             long = job.writer.reason in ("length", "positions")
             self.drop(job, "length" if long else "stop")
+
+
+def _before(job: Job, number: int) -> bytes:
+    """The hash of what stands before block ``number``."""
+    return job.keys[number - 1] if number else job.seed
 
 
 __all__ = ["Job", "Scheduler"]

@@ -80,8 +80,8 @@ class Slots:
         return self.pool[:, :, slot, :, number * self.block : (number + 1) * self.block].clone()
 
     def write(self, slot: int, number: int, block: Tensor) -> None:
-        """Put a block that ``read`` gave into a slot."""
-        self.pool[:, :, slot, :, number * self.block : (number + 1) * self.block] = block
+        """Put a block that ``read`` gave, or its first positions, into a slot."""
+        self.pool[:, :, slot, :, number * self.block : number * self.block + block.shape[3]] = block
 
     def run(self, runs: Sequence[Run]) -> Tensor:
         """Compute runs of different slots, or following runs of one; logits ``[n, V]`` float32 of all wanted."""

@@ -18,8 +18,8 @@ from chiasm.nn.quant import Quantized
 from chiasm.nn.rope import frequency_tables
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-SHORT, MANY = 32, 1 << 20
-"""Tokens up to which this is faster than torch's matrix products: of dense weights, of integers."""
+ROWS, MANY = {torch.float32: 32, torch.bfloat16: 128}, 1 << 20
+"""Tokens up to which this is faster than torch's matrix products; integers are multiplied here, however many."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -56,8 +56,8 @@ class Compiled:
             self._fill(layers[index], block, pool[index, 0], pool[index, 1])
         frequencies = frequency_tables(c.rotary, c.rope_theta, c.rope_scaling)[0]
         self.layers, self.work, self.vocab = layers, Work(), lm.vocab
-        # Integer weights are multiplied as fast as torch's bfloat16, however many rows there are.
-        self.rows = MANY if all(type(m) is Quantized for block in lm.layers for m in _matrices(block)) else SHORT
+        matrices = [matrix for block in lm.layers for matrix in _matrices(block)]
+        self.rows = min(MANY if type(matrix) is Quantized else ROWS[matrix.weight.dtype] for matrix in matrices)
         head = self._matrix(lm.lm_head) if lm.lm_head is not None else dense(lm.embedding.weight, None, self.keep)
         assert head is not None
         self.keep.append(lm.embedding.weight)
@@ -149,4 +149,4 @@ def _kind(module: Any) -> Any:
     return None
 
 
-__all__ = ["SHORT", "Compiled", "readable"]
+__all__ = ["Compiled", "readable"]
