@@ -92,8 +92,7 @@ HF_LMS = {
 }
 
 
-@pytest.mark.parametrize("lm", HF_LMS)
-@pytest.mark.parametrize("layer, select", [(-2, "patch"), (None, "cls_patch")])
+@pytest.mark.parametrize("lm, layer, select", [("opt", -2, "patch"), ("qwen2", None, "cls_patch")])
 def test_models_of_transformers_train_whole_and_are_proved(data, tmp_path, lm, layer, select):
     from chiasm.vlm import build
 
@@ -112,3 +111,38 @@ def test_models_of_transformers_train_whole_and_are_proved(data, tmp_path, lm, l
     assert not any(n.startswith("lm.") for n in told["unused"])
     cancelled = [n for n in told["without_effect"] if n.startswith("lm.")]
     assert len(cancelled) == {"opt": 2, "qwen2": 0}[lm]  # rotary positions turn a key's bias: there it acts
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit", "beit")
+
+
+@pytest.mark.parametrize("layer", [None, -2])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_of_transformers_against_their_own_gradients(kind, layer):
+    """What ``unused`` tells from shapes is what a real backward pass in float64 leaves without a gradient."""
+    from chiasm.encoders.hf import HFEncoder
+
+    torch.manual_seed(0)
+    values = {"config": {"model_type": kind, **SIZES, "intermediate_size": 64, "mlp_ratio": 2}, "layer": layer}
+    encoder = HFEncoder(HFEncoder.Config.parse(values)).double().train()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    encoder(torch.randn(2, 3, 16, 16).double()).x.square().mean().backward()
+    without = {name for name, p in encoder.named_parameters() if p.grad is None}
+    assert set(encoder.unused()) == without
+    assert bool(without) or kind in ("dinov2", "beit")
+    slopes = {name: float(p.grad.norm()) for name, p in encoder.named_parameters() if p.grad is not None}
+    tell = set(encoder.without_effect())
+    assert bool(tell) == (kind != "beit")  # BEiT's keys have no bias
+    assert all(slopes[name] < 1e-12 for name in tell & slopes.keys())
+    assert min(slope for name, slope in slopes.items() if name not in tell) > 1e-9
+
+
+def test_an_encoder_decoder_of_transformers_uses_all_it_has():
+    from chiasm.lm.hf import HFLM
+
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = {"model_type": "t5", **sizes, "is_encoder_decoder": True, "decoder_start_token_id": 0}
+    lm = HFLM(HFLM.Config.parse({"config": config}))
+    assert lm.unused() == [] and lm.without_effect() == []

@@ -84,7 +84,10 @@ def test_within_15_percent_of_counted_tensors(tmp_path: Path, name: str, size: i
     assert seen.total == pytest.approx(kept + alive.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "blip2-stage1", "albef", "vilt", "vlmo", "beit3"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("blip2-stage1", "vilt", "vlmo")]
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "albef", "beit3", *SLOWER])
 def test_objectives_over_whole_steps_and_pairs(name: str, monkeypatch):
     """Two towers, first stages and fused models: the forecast without weights against the counted tensors of a step."""
     root = Path(__file__).parents[2]
