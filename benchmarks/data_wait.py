@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--photos", type=Path, default=HERE.parents[1] / "shared" / "data" / "photos")
+    parser.add_argument("--note", default="", help="what the table should say about the machine")
     parser.add_argument("--out", type=Path, default=results())
     parser.add_argument("--one")
     options = parser.parse_args()
@@ -117,14 +118,14 @@ def main() -> None:
 def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """``data_wait.json`` and ``data_wait.md``."""
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {"threads": options.threads, "limits": limits(), "rows": rows}
+    record = {"threads": options.threads, "note": options.note, "limits": limits(), "rows": rows}
     (options.out / "data_wait.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     lines = [
         "# Waiting for data, and memory over epochs",
         "",
         f"`python benchmarks/data_wait.py`: stage 2 in bf16, packed batches of 8, {options.threads} thread(s) for the "
-        "training process. Without workers all of a batch's making is waiting. Memory is the largest resident size of "
-        "each epoch, workers included.",
+        f"training process. {options.note} Without workers all of a batch's making is waiting. Memory is the largest "
+        "resident size of each epoch, workers included; what they share with the training process counts twice.",
         "",
         "| shape | data | workers | steps | s/step | waited for data | first batch, s | MiB by epoch |",
         "|---|---|---:|---:|---:|---:|---:|---|",

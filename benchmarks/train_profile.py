@@ -15,7 +15,7 @@ GROUPS = {
     "attention": "attention: scores, softmax, mixing",
     "head": "head and cross-entropy, at targets only",
     "tower": "tower (frozen, forwards only)",
-    "update": "clipping, AdamW, masters into the model",
+    "update": "clipping, AdamW, masters into the model, proofs",
     "copies": "copies and casts",
     "elementwise": "norms, rotations, gates, sums",
     "data": "waiting for data (made in this process)",
