@@ -4,7 +4,8 @@ python -m chiasm.demo.prepare tokenizer src/chiasm/weights/tiny-lm
 chiasm train recipes/tiny-lm.yaml
 python -m chiasm.demo.prepare ship lm runs/tiny-lm/model src/chiasm/weights/tiny-lm
 chiasm train recipes/tiny-tower.yaml
-python -m chiasm.demo.prepare ship encoders.image runs/tiny-tower/model src/chiasm/weights/tiny-tower
+chiasm train recipes/tiny-clip.yaml
+python -m chiasm.demo.prepare ship all runs/tiny-clip/model src/chiasm/weights/tiny-tower
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from chiasm.convert.io import open_weights, write_weights
 from chiasm.data.sources.playground import LABEL_TASKS, TASKS, PlaygroundText
 from chiasm.errors import CheckpointError
+from chiasm.vlm import load
 
 CONTROLS = ("<pad>", "<s>", "<|end|>", "<unk>", "<image>", "<video>", "<|user|>", "<|assistant|>")
 VOCAB = 1024  # at most; the playground's words need fewer
@@ -57,7 +59,13 @@ def make_tokenizer(folder: Path, examples: int = 12_000) -> None:
 
 
 def ship(part: str, model: Path, folder: Path) -> int:
-    """Write the tensors of one part of a saved model in half precision, under the part's own names; gives the bytes."""
+    """Write the tensors of one part of a saved model in half precision, under the part's own names; gives the bytes.
+
+    ``"all"`` writes the whole model, as a folder that ``chiasm.load`` opens.
+    """
+    if part == "all":
+        load(model, dtype=torch.float16).save(folder)
+        return sum(path.stat().st_size for path in folder.iterdir())
     weights = open_weights(model)
     tensors = {n.removeprefix(part + "."): weights.read(n) for n in weights.info if n.startswith(part + ".")}
     if not tensors:
@@ -85,7 +93,7 @@ def _tokenizer(folder: Path) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 def _ship(part: str, model: Path, folder: Path) -> None:
-    """Copy PART of the saved MODEL into FOLDER."""
+    """Copy PART of the saved MODEL, or "all" of it, into FOLDER."""
     click.echo(f"{part} in {folder}: {ship(part, model, folder):,} bytes")
 
 
