@@ -25,8 +25,14 @@ enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 constexpr int64_t PANEL = 16, MOST = 8;  // outputs of a panel; activation rows that pass it at a time
 constexpr int64_t AHEAD = 4096;          // bytes of weights that are fetched in advance
 
+// Which of the passes over a panel this is. A single pass fetches weights some way ahead of itself; of several, each
+// fetches its share of the next panel, so that memory is read while the rows of this one are computed.
+struct Pass {
+  int64_t number, of;
+};
+
 struct Matrix {
-  const void* weights;  // F32, BF16: [n] rows of `stride` bytes; INT8 [n / 16, k / 4, 16, 4], INT4 [n / 16, k / 8, 16, 4]
+  const void* weights;  // F32, BF16: [n] rows of `stride` bytes; INT8: [n / 16, k / 4, 16, 4]; INT4: [.., k / 8, 16, 4]
   const float* scales;  // INT8 [n], INT4 [n / 16, k / 64, 16]; otherwise null. n and k are padded to whole panels
   const float* bias;    // [n] or null
   int64_t n, k, stride;
@@ -151,9 +157,14 @@ INLINED __m512i some_of(const uint16_t* x, int64_t count) {
 INLINED __m512 all_of(const float* x) { return _mm512_loadu_ps(x); }
 INLINED __m512i all_of(const uint16_t* x) { return _mm512_loadu_si512(x); }
 
+INLINED void fetch(const char* from, int64_t first, int64_t last) {  // lines of 64 bytes
+  for (int64_t line = first; line < last; line++) _mm_prefetch(from + line * 64, _MM_HINT_T0);
+}
+
 // rows[j][i]: the vectors whose sums are the products of N weight rows and M activation rows, of float32 or bfloat16.
 template <int N, int M, class T>
-INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_t k, __m512 (*rows)[PANEL]) {
+INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_t k, bool ahead,
+                  __m512 (*rows)[PANEL]) {
   constexpr int64_t LANES = 64 / sizeof(T);
   __m512 sums[M][N];
   UNROLLED for (int j = 0; j < M; j++)
@@ -161,7 +172,7 @@ INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_
   int64_t c = 0;
   for (; c + LANES <= k; c += LANES) {
     UNROLLED for (int i = 0; i < N; i++) {
-      _mm_prefetch((const char*)(ws + i * step + c) + AHEAD, _MM_HINT_T0);
+      if (ahead) _mm_prefetch((const char*)(ws + i * step + c) + AHEAD, _MM_HINT_T0);
       const auto weights = all_of(ws + i * step + c);
       UNROLLED for (int j = 0; j < M; j++) sums[j][i] = product(sums[j][i], weights, all_of(xs + j * stride + c));
     }
@@ -179,13 +190,18 @@ INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_
 // the weights one row after the other, as they lie in memory.
 template <int M, class T>
 INLINED void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int64_t n, int64_t count, int64_t m,
-                   float* out) {
+                   Pass pass, float* out) {
   const T *ws = (const T*)((const char*)w.weights + n * w.stride), *xs = x.data() + m * stride;
   const int64_t step = w.stride / sizeof(T);
   __m512 rows[M][PANEL];
   int64_t i = 0;
-  for (; i + M <= count; i += M) tile<M, M>(ws + i * step, step, xs, stride, w.k, (__m512(*)[PANEL])&rows[0][i]);
-  for (; i < count; i++) tile<1, M>(ws + i * step, step, xs, stride, w.k, (__m512(*)[PANEL])&rows[0][i]);
+  const bool ahead = pass.of == 1;
+  const int64_t lines = (PANEL * w.stride + 63) / 64 / pass.of, begun = pass.number * lines;
+  for (; i + M <= count; i += M) {
+    if (!ahead) fetch((const char*)(ws + PANEL * step), begun + lines * i / PANEL, begun + lines * (i + M) / PANEL);
+    tile<M, M>(ws + i * step, step, xs, stride, w.k, ahead, (__m512(*)[PANEL])&rows[0][i]);
+  }
+  for (; i < count; i++) tile<1, M>(ws + i * step, step, xs, stride, w.k, ahead, (__m512(*)[PANEL])&rows[0][i]);
   for (; i < PANEL; i++)
     UNROLLED for (int j = 0; j < M; j++) rows[j][i] = _mm512_setzero_ps();
   UNROLLED for (int j = 0; j < M; j++) _mm512_storeu_ps(out + j * PANEL, sums_of_16(rows[j]));
@@ -210,12 +226,14 @@ INLINED __m512i four_of(const int8_t* x) {  // in every lane
 
 // out[j * 16 + i] for the 16 rows of a panel of integers and M activation rows from `m` on.
 template <int M, bool FOUR>
-INLINED void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, float* out) {
+INLINED void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, Pass pass, float* out) {
   constexpr int SPLIT = M == 1 ? 4 : M == 2 ? 2 : 1;     // products in flight: one waits for the one before it
   constexpr int64_t EACH = FOUR ? 8 : 4;              // inputs of a vector of weights
   const int64_t steps = x.stride / EACH, in_group = x.per_group / EACH;
   const char* from = (const char*)w.weights + number * steps * 64;
   const float* scales = w.scales + number * PANEL * (FOUR ? x.groups : 1);
+  const bool ahead = pass.of == 1;
+  const int64_t lines = steps / pass.of, begun = pass.number * lines;
   const __m512i nibble = _mm512_set1_epi8(15);
   const int8_t* xs[M];
   UNROLLED for (int j = 0; j < M; j++) xs[j] = x.small.data() + (m + j) * x.stride;
@@ -227,9 +245,10 @@ INLINED void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, fl
       dots[0][j] = _mm512_set1_epi32(x.starts[(m + j) * x.groups + g]);
       UNROLLED for (int i = 1; i < SPLIT; i++) dots[i][j] = _mm512_setzero_si512();
     }
+    if (!ahead) fetch(from + steps * 64, begun + lines * g / x.groups, begun + lines * (g + 1) / x.groups);
     for (const int64_t end = std::min(s + in_group, steps); s < end; s += SPLIT) {
       UNROLLED for (int i = 0; i < SPLIT; i++) {
-        _mm_prefetch(from + (s + i) * 64 + AHEAD, _MM_HINT_T0);
+        if (ahead) _mm_prefetch(from + (s + i) * 64 + AHEAD, _MM_HINT_T0);
         const __m512i ws = _mm512_loadu_si512(from + (s + i) * 64);
         const __m512i first = FOUR ? _mm512_and_si512(ws, nibble) : ws;
         UNROLLED for (int j = 0; j < M; j++) dots[i][j] = dot4(dots[i][j], first, four_of(xs[j] + (s + i) * EACH));
@@ -258,7 +277,7 @@ static inline float number(T x) {
 }
 
 template <int M, class T>
-static void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int64_t n, int64_t count, int64_t m,
+static void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int64_t n, int64_t count, int64_t m, Pass,
                   float* out) {
   for (int64_t i = 0; i < count; i++)
     for (int j = 0; j < M; j++) {
@@ -272,7 +291,7 @@ static void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int6
 }
 
 template <int M, bool FOUR>
-static void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, float* out) {
+static void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, Pass, float* out) {
   const int64_t each = FOUR ? 8 : 4, steps = x.stride / each;
   const uint8_t* from = (const uint8_t*)w.weights + number * steps * 64;
   const float* scales = w.scales + number * PANEL * (FOUR ? x.groups : 1);
@@ -290,7 +309,8 @@ static void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, flo
             dots[i] += (FOUR ? both & 15 : both) * xs[s * each + c];
             if (FOUR) dots[i] += (both >> 4) * xs[s * each + 4 + c];
           }
-      for (int i = 0; i < PANEL; i++) sums[i] += dots[i] * (FOUR ? x.scales[row] * scales[g * PANEL + i] : x.scales[row]);
+      for (int i = 0; i < PANEL; i++)
+        sums[i] += dots[i] * (FOUR ? x.scales[row] * scales[g * PANEL + i] : x.scales[row]);
     }
     for (int i = 0; i < PANEL; i++) out[j * PANEL + i] = FOUR ? sums[i] : sums[i] * scales[i];
   }
@@ -298,22 +318,26 @@ static void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, flo
 #endif
 
 template <int M>
-static inline void block_of(const Matrix& w, const Rows& x, int64_t n, int64_t count, int64_t m, float* out) {
+static inline void block_of(const Matrix& w, const Rows& x, int64_t n, int64_t count, int64_t m, Pass pass,
+                            float* out) {
   switch (w.kind) {
-    case F32: return dense<M>(w, x.wide, x.stride, n, count, m, out);
-    case BF16: return dense<M>(w, x.half, x.stride, n, count, m, out);
-    case INT8: return panel<M, false>(w, x, n / PANEL, m, out);
-    default: return panel<M, true>(w, x, n / PANEL, m, out);
+    case F32: return dense<M>(w, x.wide, x.stride, n, count, m, pass, out);
+    case BF16: return dense<M>(w, x.half, x.stride, n, count, m, pass, out);
+    case INT8: return panel<M, false>(w, x, n / PANEL, m, pass, out);
+    default: return panel<M, true>(w, x, n / PANEL, m, pass, out);
   }
 }
 
-// Up to 16 outputs from `n` on (for integers a whole panel) of some activation rows from `m` on; gives how many rows.
+// Up to 16 outputs from `n` on (for integers a whole panel) of some activation rows from `m` on, of m0 .. m1; gives how
+// many rows.
 static __attribute__((noinline)) int64_t block(const Matrix& w, const Rows& x, int64_t n, int64_t count, int64_t m,
-                                               int64_t left, float* out) {
-  if (left >= 8 && w.kind >= INT8) return block_of<8>(w, x, n, count, m, out), 8;
-  if (left >= 4) return block_of<4>(w, x, n, count, m, out), 4;
-  if (left >= 2) return block_of<2>(w, x, n, count, m, out), 2;
-  return block_of<1>(w, x, n, count, m, out), 1;
+                                               int64_t m0, int64_t m1, float* out) {
+  const int64_t most = w.kind >= INT8 ? 8 : 4, left = m1 - m;
+  const Pass pass{(m - m0) / most, (m1 - m0 + most - 1) / most};
+  if (left >= 8 && most == 8) return block_of<8>(w, x, n, count, m, pass, out), 8;
+  if (left >= 4) return block_of<4>(w, x, n, count, m, pass, out), 4;
+  if (left >= 2) return block_of<2>(w, x, n, count, m, pass, out), 2;
+  return block_of<1>(w, x, n, count, m, pass, out), 1;
 }
 
 // `give(row, first, count, values)` for the outputs n0 .. n1, at most 16 at a time, of the activation rows m0 .. m1.
@@ -324,7 +348,7 @@ static void multiply(const Matrix& w, const Rows& x, int64_t n0, int64_t n1, int
     // The panel stays in the first cache while all activation rows pass it.
     const int64_t first = std::max(n, n0), last = std::min(n + PANEL, n1);
     for (int64_t m = m0, done; m < m1; m += done) {
-      done = block(w, x, n, last - n, m, m1 - m, out);
+      done = block(w, x, n, last - n, m, m0, m1, out);
       for (int64_t j = 0; j < done; j++) {
         float* values = out + j * PANEL + (first - n);
         if (w.bias)
