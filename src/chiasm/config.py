@@ -69,9 +69,9 @@ def part(kind: str) -> Any:
         if not isinstance(values, Mapping) or "type" not in values:
             raise ConfigError(f"a {kind} needs a 'type'; {nearest('', registry.names(kind))}")
         entry = registry.get(kind, values["type"])
-        others = [k for k in registry.kinds_of(entry) if k != kind]
-        if others or not issubclass(getattr(entry, "Config", type), PartConfig):
-            what = f"is a part of kind {others[0]!r}" if others else "has no Config that is a PartConfig"
+        kinds = registry.kinds_of(entry)
+        if (kinds and kind not in kinds) or not issubclass(getattr(entry, "Config", type), PartConfig):
+            what = f"is a part of kind {kinds[0]!r}" if kinds else "has no Config that is a PartConfig"
             raise ConfigError(f"{values['type']!r} {what}, and a {kind} is wanted; {nearest('', registry.names(kind))}")
         return entry.Config.parse(values, where=f"{kind} {values['type']!r}")
 

@@ -268,7 +268,8 @@ def test_a_front_end_can_be_sent_to_a_worker():
     assert torch.equal(front_end(Image(pixels()), PLACE).inputs, other(Image(pixels()), PLACE).inputs)
 
 
-NAMES = sorted(bad(Path(tempfile.mkdtemp())))
+with tempfile.TemporaryDirectory() as elsewhere:  # every worker collects: a folder left behind would be one a worker
+    NAMES = sorted(bad(Path(elsewhere)))
 
 
 @pytest.mark.parametrize("name", NAMES)

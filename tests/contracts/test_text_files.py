@@ -18,6 +18,7 @@ from chiasm.config import load_yaml, parse_overrides, read_lines, read_text
 from chiasm.data.quarantine import Quarantine, Quarantined
 from chiasm.data.sources.records import read_records
 from chiasm.errors import CheckpointError, ConfigError, DataError
+from chiasm.train.log import terminal
 from chiasm.train.recipe import Recipe
 
 ODD = "one\u2028two\u0085three\x0cfour"  # str.splitlines cuts at each of these, JSON allows them within a string
@@ -116,3 +117,10 @@ def test_serve_refuses_a_wrong_folder_before_it_listens(tmp_path: Path, name: st
     done = CliRunner().invoke(main, ["serve", str(tmp_path / name), "--port", "0"])
     assert done.exit_code == 1 and "http://" not in done.output
     assert ("config.json is missing" if name == "empty" else "there is no folder") in done.output
+
+
+def test_lines_of_a_run_in_a_file_are_not_broken_at_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert terminal().width == 120  # pytest's own output is no terminal either
+    monkeypatch.setenv("COLUMNS", "90")
+    assert terminal().width == 90

@@ -92,13 +92,17 @@ def _file(vlm: Any, source: Path, output: Path | None, size: int, system: str | 
     from rich.progress import track
 
     from chiasm.config import read_lines
+    from chiasm.errors import DataError
 
     rows = [_row(line, number, source) for number, line in enumerate(read_lines(source), 1) if line.strip()]
     head = [] if system is None else [{"role": "system", "content": system}]
     with click.open_file(str(output) if output else "-", "w") as sink:
         for start in track(range(0, len(rows), size), description="generate", disable=output is None):
             group = rows[start : start + size]
-            texts = vlm.generate([head + row["messages"] for row in group], **settings)
+            try:
+                texts = vlm.generate([head + row["messages"] for row in group], **settings)
+            except DataError as error:  # which counts from 0 within the batch
+                raise DataError(f"{source}, batch from {group[0]['id']!r} to {group[-1]['id']!r}: {error}") from None
             for row, text in zip(group, texts, strict=True):
                 sink.write(json.dumps({"id": row["id"], "text": text}, ensure_ascii=False) + "\n")
             sink.flush()
@@ -113,5 +117,9 @@ def _row(line: str, number: int, source: Path) -> dict[str, Any]:
         raise DataError(f"{source}, line {number}: not JSON ({error})") from None
     if not isinstance(row, dict) or "messages" not in row:
         raise DataError(f"{source}, line {number}: needs a 'messages' list, as chat messages with role and content")
+    from chiasm.data.sources.messages import KEYS
+    from chiasm.data.sources.records import known_keys
+
+    known_keys(row, KEYS, f"{source}, line {number}")  # pictures beside the messages would never be seen
     row.setdefault("id", str(number))
     return row

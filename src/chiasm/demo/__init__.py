@@ -22,6 +22,7 @@ from rich.markup import escape
 from chiasm.data.sources.playground import SCENE_AND_DIGIT_TASKS, Playground
 from chiasm.eval.runner import Comparison
 from chiasm.eval.write import evaluate_recipe
+from chiasm.train.log import terminal
 from chiasm.train.recipe import Recipe, load_recipe
 from chiasm.train.run import Run
 
@@ -85,7 +86,7 @@ def run(out: str | Path, share: float = 1.0, console: Console | None = None) -> 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.jsonl").unlink(missing_ok=True)
-    log = Log(console or Console(), out / "log.jsonl")
+    log = Log(console or terminal(), out / "log.jsonl")
     recipe = demo_recipe(out, share)
     with log.step("parts", "A vision tower and a language model that have never met") as record:
         job = Run(recipe, None, log.console)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from chiasm.errors import ConfigError, DataError
+from chiasm.errors import ConfigError, DataError, NumberError
 from chiasm.infer import apart
 from chiasm.nn.modes import evaluating
 from chiasm.nn.packed import Packed
@@ -171,7 +171,15 @@ def _run(
     def work(samples: list[tuple[int, Sample]]) -> Tensor:
         given: Batch = read.processor.collate([sample for _, sample in samples])
         with torch.inference_mode():
-            return run(given.to(model.device, model.dtype)).to("cpu", torch.float32).clone()
+            found = run(given.to(model.device, model.dtype)).to("cpu", torch.float32).clone()
+        sound = found.isfinite().flatten(1).all(1)  # [n]
+        if not bool(sound.all()):
+            number = samples[int((~sound).nonzero()[0])][0]
+            raise NumberError(
+                f"{read.kind} {number + 1}: what the model makes of it is NaN or infinite: in float16 its numbers may "
+                "be too large (load it with dtype bfloat16 or float32), or a weight of it is broken"
+            )
+        return found
 
     threads = apart.cores(model) if workers != 0 else 1
     groups = _grouped(items, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from rich.table import Table
 
 from chiasm.train.plan import Plan
 from chiasm.train.usage import told
+
+FILE_WIDTH = 120  # columns of what is written to a file or a pipe
+
+
+def terminal(quiet: bool = False) -> Console:
+    """The console of a run. A file or a pipe has no width of its own: rich would break its lines at 80 columns."""
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS")
+    return Console(quiet=quiet, width=None if known else FILE_WIDTH)
 
 
 class JsonLog:

@@ -26,6 +26,7 @@ from chiasm.train.best import Best
 from chiasm.train.distributed import ALONE, Alone, started
 from chiasm.train.kept import check_saved, through_merge
 from chiasm.train.live import LivePage
+from chiasm.train.log import terminal
 from chiasm.train.loop import StageRun
 from chiasm.train.methods.settle import settle
 from chiasm.train.methods.table import skeleton
@@ -49,7 +50,7 @@ def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Consol
     Under ``torchrun`` all processes call this alike; rank 0 tells and writes.
     """
     with started(best_device(recipe.device), recipe.parallel, recipe.patience) as ranks:
-        return _train(recipe, vlm, resume, console or Console(quiet=not ranks.first), ranks)
+        return _train(recipe, vlm, resume, console or terminal(quiet=not ranks.first), ranks)
 
 
 def _train(recipe: Recipe, vlm: Any, resume: bool, console: Console, ranks: Alone) -> Any:
@@ -98,7 +99,7 @@ class Run:
             steps.append(stage.total_steps(BatchPlan(mixture, stage.batch_size, stage.accumulate).steps_per_epoch))
             with self.console.status(f"looking at the samples of stage {stage.name}"):
                 found = check(mixture, self._renderer(stage), stage.check_samples, bad=self.recipe.bad)
-            self.console.print(_told(stage, found), highlight=False)
+            self.console.print(_told(stage, found), highlight=False, soft_wrap=True)
         if self.held_out:
             examples = [self.held_out[ref] for ref in self.held_out.first(self.recipe.eval.limit)]
             if compares(self.vlm):
