@@ -27,7 +27,7 @@ from chiasm.presets.tiny import tiny
 from chiasm.processing.view import View
 from chiasm.report.inspection import walk
 from chiasm.report.inspection_page import write_page
-from chiasm.report.looking import overlay
+from chiasm.report.looking import ACROSS, CELL, GAP, LABEL, overlay, queries_of, sheet
 from chiasm.types import Count, Layout, Tokens
 
 SIZE, PATCH, DIM = 32, 4, 32
@@ -365,11 +365,43 @@ def test_inspect_shows_it(tmp_path: Path):
     assert [look.title for look in found.looks] == ["red", "the whole answer"]
     assert found.looks[0].picture.size == (64, 32) and "attention; picture 1: " in found.looks[0].note
     stage = next(stage for stage in found.stages if stage.name == "image / queries")
-    assert stage.picture is not None and stage.picture.size == (SIZE, SIZE)
+    assert stage.picture is not None and stage.picture.size == (5 * (CELL + GAP) - GAP, CELL + LABEL)
     page = write_page(found, tmp_path / "page.html").read_text()
     assert page.count("Where it looked") == 1 and "the whole answer" in page
     plain = seer({"fit": "squash"}, {"type": "flat"})
     assert not any(stage.name == "image / queries" for stage in walk(plain, messages, max_new_tokens=0).stages)
+
+
+def test_each_query_has_its_own_map_of_a_sheet():
+    """Picture, mean, and a cell for each query, whose brightest place is where it looks."""
+    maps = torch.zeros(12, 3, 3)
+    maps[torch.arange(12), torch.arange(12) % 3, torch.arange(12) // 4] = 1.0
+    shown = sheet(Image.new("RGB", (30, 30), (0, 90, 0)), maps)
+    across, down = ACROSS, 2
+    assert shown.size == (across * (CELL + GAP) - GAP, down * (CELL + LABEL + GAP) - GAP)
+    for number in range(12):
+        row, column = divmod(number + 2, across)
+        corner = column * (CELL + GAP), row * (CELL + LABEL + GAP) + LABEL
+        bright = [
+            (y, x)
+            for y in range(3)
+            for x in range(3)
+            if shown.getpixel((corner[0] + 28 * x + 14, corner[1] + 28 * y + 14))[0] > 150
+        ]
+        assert bright == [(number % 3, number // 4)]
+    assert shown.getpixel((40, LABEL + 40)) == (0, 90, 0), "the picture itself comes first"
+
+
+def test_a_conversation_shows_what_its_queries_look_at():
+    """Two pictures, of which each kind's first is shown; a connector without queries shows nothing."""
+    connector = {"type": "qformer", "queries": 3, "dim": 16, "depth": 2, "heads": 2, "mlp": 16}
+    vlm = seer({"fit": "squash"}, {"type": "flat"}, connector)
+    messages = ask(picture((64, 32), (48, 8, 64, 24)))
+    found = queries_of(vlm, messages)
+    assert list(found) == ["image"] and found["image"].size == (5 * (CELL + GAP) - GAP, CELL + LABEL)
+    other = queries_of(vlm, ask(picture((64, 32), (0, 0, 16, 16))))
+    assert found["image"].tobytes() != other["image"].tobytes()
+    assert queries_of(seer({"fit": "squash"}, {"type": "flat"}), messages) == {}
 
 
 def test_the_brightest_place_of_an_overlay_is_the_largest_value():

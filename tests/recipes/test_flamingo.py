@@ -83,6 +83,11 @@ def test_where_it_looks(done):
     assert min(shares) > 0 and sum(shares) == pytest.approx(1, abs=1e-3)
 
 
+def test_the_report_shows_what_each_latent_looks_at(done):
+    page = (done[3] / "report.html").read_text()
+    assert page.count("What each query looks at") == 2, "one for each example that it shows"
+
+
 def test_too_many_shots_are_refused(done):
     vlm = done[2]
     many = Shots(Shots.Config.parse({"source": PLAY, "count": 9}))[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.eval.pairs import compare_pairs, compares
 from chiasm.eval.runner import Comparison, Ranks, compare, held_out, question
 from chiasm.processing.fingerprint import fingerprint
-from chiasm.report.run import Shown, StageReport, picture_urls, write_report
+from chiasm.report.looking import queries_of
+from chiasm.report.run import Shown, StageReport, picture_urls, sheet_url, write_report
 
 
 def evaluate_recipe(
@@ -65,7 +67,7 @@ def evaluate_recipe(
         for pictures, result in (("true", comparison.true), ("shuffled", comparison.shuffled)):
             for answer in result.answers if result else ():
                 file.write(json.dumps({"pictures": pictures, **asdict(answer)}, ensure_ascii=False) + "\n")
-    path = write_run_report(recipe, out, comparison, examples, spec.examples, receipt)
+    path = write_run_report(recipe, out, comparison, examples, spec.examples, receipt, vlm)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
     return comparison
 
@@ -84,11 +86,17 @@ def write_run_report(
     examples: list[Example] | None = None,
     shown: int = 0,
     receipt: dict[str, Any] | None = None,
+    vlm: Any = None,
 ) -> Path:
-    """``report.html`` from what a run left in the folder ``out``, and its held-out answers where there are any."""
+    """``report.html`` from what a run left in the folder ``out``, and its held-out answers where there are any.
+
+    With ``vlm`` some of the examples also show what each query of its connector looks at, where it has queries.
+    """
     out = Path(out)
     stages = [StageReport.read(out / s.name, s.dump()) for s in recipe.stages if (out / s.name / "log.jsonl").is_file()]
     cards = choose(comparison, examples or [], shown) if comparison else []
+    if vlm is not None and cards:
+        cards = with_queries(vlm, cards, examples or [])
     text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
     rows = comparison.rows() if comparison else []
     return write_report(out / "report.html", recipe.name, stages, rows, cards, receipt or {}, text)
@@ -125,6 +133,20 @@ def choose(comparison: Comparison, examples: list[Example], most: int) -> list[S
         for a in chosen
         if (a.source, a.id) in by_id
     ]
+
+
+def with_queries(vlm: Any, cards: list[Shown], examples: list[Example], most: int = 6) -> list[Shown]:
+    """The cards, the first ``most`` that have a picture with what each query of the connector looks at."""
+    by_id, found = {e.id: e for e in examples}, []
+    for card in cards:
+        sheets: list[str] = []
+        if most and card.pictures:
+            most -= 1
+            with suppress(DataError):  # an example that cannot be asked has no queries to show
+                asked = question(by_id[card.id])[0]
+                sheets = [sheet_url(picture) for picture in queries_of(vlm, asked, card.id, across=3).values()]
+        found.append(replace(card, queries=sheets))
+    return found
 
 
 def _earlier(example: Example) -> list[tuple[str, str]]:

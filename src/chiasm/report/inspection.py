@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from chiasm.report.looking import Looked, by_queries, looked
+from chiasm.report.looking import Looked, by_queries, looked, unit_pictures
 from chiasm.types import Batch, MediaItem, Sample, Tokens
 
 if TYPE_CHECKING:
@@ -40,13 +40,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the flow. ``shape`` with its letters, ``what`` in a sentence, ``numbers`` for the curious."""
+    """One step of the flow. ``shape`` with its letters, ``what`` in a sentence, ``numbers`` for the curious.
+
+    A ``wide`` picture has a line of its own.
+    """
 
     name: str
     shape: str
     what: str
     numbers: str = ""
     picture: Image.Image | None = None
+    wide: bool = False
 
 
 @dataclass
@@ -98,7 +102,7 @@ def walk(
         tokens=tokens,
         media=[_medium_line(i, item) for i, item in enumerate(sample.media)],
         units=units,
-        stages=_stages(vlm, sample, output, by_queries(vlm, batch, output.named, units)),
+        stages=_stages(vlm, sample, output, by_queries(vlm, batch, output.named, _first(sample, units))),
         candidates=_candidates(vlm, output.logits[0]),
         answer=answer,
         looks=looked(vlm, messages, answer, looks) if looks and answer.strip() else [],
@@ -143,13 +147,15 @@ def _medium_line(index: int, item: MediaItem) -> str:
 
 def _units(vlm: VLM, medium: int, item: MediaItem) -> list[Unit]:
     """Each unit with three channels as a picture, the normalisation undone."""
-    if len(item.layout.shape) != 3 or item.layout.shape[0] != 3:
-        return []
-    config: Any = vlm.processor.config.media[item.kind]
-    config = getattr(config, "image", config)
-    mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
-    pixels = ((item.inputs.float() * std + mean) * 255).round().clamp(0, 255).byte()  # [U, 3, S, S]
-    return [Unit(medium, i, Image.fromarray(unit.permute(1, 2, 0).numpy())) for i, unit in enumerate(pixels)]
+    return [Unit(medium, i, picture) for i, picture in enumerate(unit_pictures(vlm, item))]
+
+
+def _first(sample: Sample, units: Sequence[Unit]) -> dict[str, Image.Image]:
+    """The first unit of each kind of media, as a picture."""
+    found: dict[str, Image.Image] = {}
+    for unit in units:
+        found.setdefault(sample.media[unit.medium].kind, unit.picture)
+    return found
 
 
 def _stages(vlm: VLM, sample: Sample, output: Any, queries: dict[str, Image.Image]) -> list[Stage]:
@@ -168,8 +174,11 @@ def _stages(vlm: VLM, sample: Sample, output: Any, queries: dict[str, Image.Imag
     for kind in dict.fromkeys(item.kind for item in sample.media):
         stages += _medium_stages(kind, output.named)
         if kind in queries:
-            what = "where the connector's queries look in the first unit, the mean of all"
-            stages.append(Stage(f"{kind} / queries", "[rows, columns]", what, "", queries[kind]))
+            what = (
+                "where each of the connector's queries looks in the first unit, and the mean of all; beside its number "
+                "the share of its attention on the brightest place"
+            )
+            stages.append(Stage(f"{kind} / queries", "[K, rows, columns]", what, "", queries[kind], wide=True))
     hidden = output.hidden
     stages.append(
         Stage(

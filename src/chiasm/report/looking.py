@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from chiasm.fusion.splice import Splice
 from chiasm.infer.heat import crossed, on_grid
+from chiasm.nn.modes import evaluating
 from chiasm.processing.base import Place
 from chiasm.processing.messages import parse
 from chiasm.processing.open import open_picture
-from chiasm.types import Batch, Tokens
+from chiasm.types import Batch, MediaItem, Tokens
 
 if TYPE_CHECKING:
     from chiasm.vlm import VLM
 
 LONGEST = 320  # pixels of a shown picture's longer side
+CELL, GAP, LABEL, ACROSS = 84, 6, 16, 9  # of a sheet: a picture's side, white between, the line above it, in a row
+MOST_QUERIES = 64  # of a sheet
 # Heat from nothing to all: colour, and how much of the picture it covers (0 to 255).
 _STOPS = np.array([[20, 10, 60, 90], [90, 20, 130, 150], [210, 50, 90, 190], [250, 140, 30, 215], [255, 240, 120, 235]])
 
@@ -54,21 +57,81 @@ def looked(vlm: VLM, messages: Sequence[Any], answer: str, words: Sequence[str |
     return found
 
 
-def by_queries(vlm: VLM, batch: Batch, named: dict[str, Any], units: Sequence[Any]) -> dict[str, Image.Image]:
-    """For each kind of media whose connector looks with queries: its first unit with the mean of their attention."""
+def by_queries(
+    vlm: VLM, batch: Batch, named: dict[str, Any], shown: Mapping[str, Image.Image], across: int = ACROSS
+) -> dict[str, Image.Image]:
+    """For each kind of media whose connector looks with queries: what each of them looks at, in its first unit.
+
+    ``named`` are the intermediates of a run on ``batch``, ``shown`` each kind's first unit as a picture, ``across``
+    the small pictures in a row.
+    """
     model = vlm.model
     if not isinstance(model, Splice):
         return {}
     found = {}
     for kind, media in batch.media.items():
         features = named.get(f"{kind}/features")
-        if not isinstance(features, Tokens) or model.config.stream(kind).pool is not None:
+        if not isinstance(features, Tokens) or model.config.stream(kind).pool is not None or kind not in shown:
             continue
         seen = crossed(model, kind, media, features)
-        placed = None if seen is None else on_grid(seen.mean(dim=1), features)  # [U, rows, columns]
-        if placed is not None and units:
-            found[kind] = overlay(units[0].picture, placed[0])
+        placed = None if seen is None else on_grid(seen[0], features)  # [K, rows, columns]
+        if placed is not None:
+            found[kind] = sheet(shown[kind], placed, across)
     return found
+
+
+def queries_of(vlm: VLM, messages: Sequence[Any], id: str = "", across: int = ACROSS) -> dict[str, Image.Image]:
+    """The same for a conversation: its media run through encoder and connector alone. Raises DataError."""
+    model = vlm.model
+    if not isinstance(model, Splice):
+        return {}
+    sample = vlm.processor(messages, id=id, add_generation_prompt=True)
+    batch = vlm.processor.collate([sample]).to(model.device, model.dtype)
+    shown: dict[str, Image.Image] = {}
+    for item in sample.media:
+        if item.kind not in shown and (pictures := unit_pictures(vlm, item)):
+            shown[item.kind] = pictures[0]
+    named: dict[str, Any] = {}
+    with evaluating(model) if model.training else torch.no_grad(), torch.no_grad():
+        for kind, media in batch.media.items():
+            model.encode(kind, media, batch.ids, named)
+        return by_queries(vlm, batch, named, shown, across)
+
+
+def unit_pictures(vlm: VLM, item: MediaItem) -> list[Image.Image]:
+    """Each unit of a medium with three channels as a picture, the normalisation undone; none for other media."""
+    if len(item.layout.shape) != 3 or item.layout.shape[0] != 3:
+        return []
+    config: Any = vlm.processor.config.media[item.kind]
+    config = getattr(config, "image", config)
+    mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
+    pixels = ((item.inputs.float() * std + mean) * 255).round().clamp(0, 255).byte()  # [U, 3, S, S]
+    return [Image.fromarray(unit.permute(1, 2, 0).numpy()) for unit in pixels]
+
+
+def sheet(picture: Image.Image, maps: Tensor, across: int = ACROSS) -> Image.Image:
+    """``maps [K, rows, columns]`` over a picture, side by side: the picture, the mean of all, and each by its number.
+
+    Each is as bright as its own brightest place, whose share of the query's attention stands beside the number: small
+    where a query looks everywhere alike. Sheets show where a query looks, not how much it counts.
+    """
+    scale = CELL / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    smooth = Image.Resampling.NEAREST if max(picture.size) < CELL else Image.Resampling.BICUBIC
+    base = picture.convert("RGB").resize(size, smooth)
+    cells, mean = [("picture", base)], maps.mean(dim=0)
+    for name, values in [("mean", mean), *((str(i + 1), m) for i, m in enumerate(maps[:MOST_QUERIES]))]:
+        cells.append((f"{name}: {100 * float(values.max()):.0f} %", overlay(base, values)))
+    across = min(len(cells), across)
+    down = -(-len(cells) // across)
+    width, height = size[0] + GAP, size[1] + LABEL + GAP
+    page = Image.new("RGB", (across * width - GAP, down * height - GAP), "white")
+    draw = ImageDraw.Draw(page)
+    for place, (label, cell) in enumerate(cells):
+        left, top = place % across * width, place // across * height
+        draw.text((left + size[0] / 2, top + LABEL / 2), label, fill=(70, 70, 80), anchor="mm")
+        page.paste(cell, (left, top + LABEL))
+    return page
 
 
 def overlay(picture: Image.Image, values: Tensor, strength: float = 1.0) -> Image.Image:

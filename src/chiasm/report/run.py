@@ -110,6 +110,7 @@ class Shown:
     shuffled: str | None
     pictures: list[str]
     earlier: list[tuple[str, str]] = field(default_factory=list)  # (role, text) of the turns before the question
+    queries: list[str] = field(default_factory=list)  # what each query of the connector looks at, one sheet a kind
 
 
 def write_report(
@@ -158,6 +159,13 @@ def picture_url(picture: Image.Image) -> str:
     picture.save(buffer, format="PNG" if small else "JPEG", **({} if small else {"quality": 82}))
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def sheet_url(picture: Image.Image) -> str:
+    """A sheet of small pictures as a data URL, in its own size."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _short(number: float) -> str:
