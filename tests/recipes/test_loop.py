@@ -127,7 +127,8 @@ def test_gradients_are_clipped_once_and_whole(tmp_path):
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), limit)
     gathered = torch.cat([vlm.model.get_parameter(n).grad.flatten() for n in free])
     whole = torch.cat([g.flatten() for g in free.values()])
-    assert torch.cosine_similarity(gathered, whole, dim=0) < 0.99, "the fault would be seen"
+    apart = (gathered / gathered.norm() - whole / whole.norm()).norm()
+    assert apart > 0.1, "the fault would be a thousand times what is allowed above"
 
 
 def test_gradient_is_that_of_the_mean_over_target_tokens(tmp_path):

@@ -34,14 +34,14 @@ class _Rows:
 
     trained = ("rows",)
     beside = False
-    weight: nn.Parameter
+    weight: Tensor
     rows: nn.Parameter
     method: RowsConfig
 
     def take(self, base: Table, method: RowsConfig) -> None:
         """Take over the table of ``base``; the rows begin as they are there."""
         nn.Module.__init__(self)  # type: ignore[arg-type]
-        self.method, self.weight = method, base.weight  # type: ignore[assignment]
+        self.method, self.weight = method, base.weight
         count = method.count if method.count is not None else len(base.weight) - method.first
         self.rows = nn.Parameter(base.weight.detach()[method.first : method.first + count].clone())
 

@@ -74,7 +74,8 @@ class Reader:
             torch.manual_seed(config.seed)
             self.tower = registry.get("encoder", config.tower.type)(config.tower)
         if config.weights is not None:
-            load_part(_Alone(self.tower, config.tower), "encoders.text", Path(config.weights))
+            alone: Any = _Alone(self.tower, config.tower)
+            load_part(alone, "encoders.text", Path(config.weights))
         self.tower.requires_grad_(False).eval()
 
     def ids(self, text: str) -> list[int]:
