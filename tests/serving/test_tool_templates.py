@@ -84,6 +84,18 @@ def test_the_form_of_calls_is_found(made) -> None:
     assert vlm.processor.template.form == FORMS[name]
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_thoughts_are_no_part_of_the_form(tmp_path: Path, opened: bool) -> None:
+    """A template that writes an empty thought before the last answer (Qwen3), or opens one in the prompt."""
+    call = "{%- elif message.tool_calls %}<|im_start|>assistant"
+    thought = "{%- if loop.last %}\n<think>\n\n</think>\n{% endif %}"
+    assert call in HERMES
+    template = HERMES.replace(call, call + thought)
+    if opened:
+        template = template.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    assert model(tmp_path, template).processor.template.form == FORMS["hermes"]
+
+
 def test_no_string_of_a_tool_or_a_call_becomes_a_control_token(made) -> None:
     """Names, descriptions, keys, values, arguments, results: as many control tokens as with harmless words."""
     _, vlm = made

@@ -226,18 +226,24 @@ class JinjaTemplate(Template):
         return tail.rstrip()
 
     def _find_form(self) -> CallForm | None:
-        """How this template writes a call; None where it tells a model of no tools."""
+        """How this template writes a call; None where it tells a model of no tools.
+
+        The call is not the last message where the template allows: some write an empty thought before the last answer.
+        """
         messages, tools = tooling.probe()
         calls = {call: tooling.told(call, "probe") for call in messages[1].calls}
-        try:
-            prompt = self._run(messages[:1], [tooling.ASKED], True, "probe", tools)
-            whole = self._run(messages, [tooling.ASKED], False, "probe", tools, calls)
-        except DataError:
-            return None
-        if tooling.PROBE[0] not in prompt:
-            return None
-        prompt, whole = (text.replace(BEGIN, "").replace(END, "") for text in (prompt, whole))
-        return tooling.form_of(prompt, whole, self.end)
+        for count in (3, 2) if self.end else (2,):
+            texts = [tooling.ASKED] * count
+            try:
+                prompt = self._run(messages[:1], texts, True, "probe", tools)
+                whole = self._run(messages[:count], texts, False, "probe", tools, calls)
+            except DataError:
+                continue
+            prompt, whole = (text.replace(BEGIN, "").replace(END, "") for text in (prompt, whole))
+            form = tooling.form_of(prompt, whole, self.end) if tooling.PROBE[0] in prompt else None
+            if form is not None:
+                return form
+        return None
 
     def _lead(self) -> str:
         """What stands between the generation prompt and an answer."""

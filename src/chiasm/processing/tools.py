@@ -192,43 +192,39 @@ ASKED = "\U0010f004"
 
 
 def probe() -> tuple[list[Message], list[dict[str, Any]]]:
-    """A question answered by a call, and the tool that is called."""
+    """A question, answered by a call, its result, and the tool that is called."""
     name, key, value = PROBE
     call = Call(name, json.dumps({key: value}), "a1b2c3d4e")
     parameters = {"type": "object", "properties": {key: {"type": "string", "description": key}}, "required": [key]}
     function = {"name": name, "description": name, "parameters": parameters}
-    asked = Message("user", (Text(ASKED),))
-    return [asked, Message("assistant", (), calls=(call,))], [{"type": "function", "function": function}]
+    asked, said = Message("user", (Text(ASKED),)), Message("assistant", (), calls=(call,))
+    result = Message("tool", (Text(ASKED),), answers=call.id)
+    return [asked, said, result], [{"type": "function", "function": function}]
 
 
 def form_of(prompt: str, whole: str, end: str) -> CallForm | None:
-    """The form of the call in ``whole``, a conversation with a call, where ``prompt`` is all before the answer.
-
-    None where it is no form that can be read back, or the template wrote no call.
+    """The form of the call in ``whole``, a conversation with a call, where ``prompt`` is all before the answer and
+    ``end`` closes answers. None where it is no form that can be read back, or the template wrote no call.
     """
-    if not whole.startswith(prompt):
-        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        if prompt[same:].strip():
-            return None
-        prompt = prompt[:same]
+    if not whole.startswith(prompt):  # the prompt begins a thought, or ends in other white space
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        prompt = prompt[: 1 + max(prompt.rfind(mark, 0, same) for mark in "\n>]")]
     body = whole[len(prompt) :]
-    tail = body.rfind(end) if end else -1
-    body = body[:tail] if tail >= 0 else body.rstrip()
     place = body.find(PROBE[0])
     if place < 0:
         return None
-    return _inside(body, place) or _before(body, place)
+    return _inside(body, place, end) or _before(body, place, end)
 
 
-def _inside(body: str, place: int) -> CallForm | None:
+def _inside(body: str, place: int, end: str) -> CallForm | None:
     """The name stands in the JSON."""
     start = body.rfind("{", 0, place)
     if start < 0:
         return None
     ahead = body[:start].rstrip()
-    many = ahead.endswith("[") and not ahead.endswith("][")
+    many = ahead.endswith("[")
     start = len(ahead) - 1 if many else start
-    found, end = _decoded(body, start)
+    found, after = _decoded(body, start)
     call = found[0] if many and isinstance(found, list) and found else found
     if not isinstance(call, dict):
         return None
@@ -236,17 +232,22 @@ def _inside(body: str, place: int) -> CallForm | None:
     arguments = next((key for key, value in call.items() if value == {PROBE[1]: PROBE[2]}), None)
     if name is None or arguments is None:
         return None
-    return CallForm(body[:start], body[end:], many, name, arguments)
+    return CallForm(body[:start], _closing(body[after:], end), many, name, arguments)
 
 
-def _before(body: str, place: int) -> CallForm | None:
+def _before(body: str, place: int, end: str) -> CallForm | None:
     """The name stands before the JSON."""
-    after = place + len(PROBE[0])
-    start = body.find("{", after)
-    found, end = _decoded(body, start) if start >= 0 else (None, 0)
+    behind = place + len(PROBE[0])
+    start = body.find("{", behind)
+    found, after = _decoded(body, start) if start >= 0 else (None, 0)
     if found != {PROBE[1]: PROBE[2]} or not body[:place].strip():
         return None
-    return CallForm(body[:place], body[end:], named=body[after:start])
+    return CallForm(body[:place], _closing(body[after:], end), named=body[behind:start])
+
+
+def _closing(rest: str, end: str) -> str:
+    """What stands between a call and the end of its answer."""
+    return rest.partition(end)[0] if end else rest.rstrip()
 
 
 def _decoded(text: str, start: int) -> tuple[Any, int]:
