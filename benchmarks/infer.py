@@ -324,7 +324,7 @@ def table(found: dict[str, Any]) -> str:
         share = f"{row['share of bandwidth']:.0%}" if "share of bandwidth" in row else ""
         lines.append(f"| {peer} | " + " | ".join(cells) + f" | {share} |")
     lines.append("")
-    if missing():
+    if not any(peer.startswith("llama.cpp") for peer in found["rows"]):
         lines.append(f"- llama.cpp was left out: {' and '.join(missing())} not installed.")
     for peer, row in found["rows"].items():
         if peer.startswith("chiasm"):

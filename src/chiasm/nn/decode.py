@@ -18,7 +18,7 @@ from chiasm.nn.quant import Quantized
 from chiasm.nn.rope import frequency_tables
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-ROWS, MANY = {torch.float32: 32, torch.bfloat16: 128}, 1 << 20
+ROWS, MANY = {torch.float32: 32, torch.bfloat16: 256}, 1 << 20
 """Tokens up to which this is faster than torch's matrix products; integers are multiplied here, however many."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
