@@ -91,9 +91,7 @@ def family(model: Any) -> tuple[str, QFormer.Config, ViT.Config]:
     reads = isinstance(model, Splice.Config) and bridge.text is not None
     video = isinstance(model, Splice.Config) and "video" in model.media
     if video and not reads:
-        raise CheckpointError(
-            "export: transformers reads clips with InstructBLIP only, which reads the question too"
-        )
+        raise CheckpointError("export: transformers reads clips with InstructBLIP only, which reads the question too")
     return "instructblipvideo" if video else "instructblip" if reads else "blip-2", bridge, tower
 
 

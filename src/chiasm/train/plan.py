@@ -148,7 +148,7 @@ def _check_held(held: Mapping[str, MethodConfig], table: Mapping[str, Action]) -
     """Raise ConfigError where a plan means to train weights that an earlier stage keeps in 4 bits."""
     refused: dict[str, str] = {}
     for name, method in held.items():
-        action = next((a for pattern, a in reversed(table.items()) if matches(pattern, name)), "freeze")
+        action = next((a for pattern, a in reversed(list(table.items())) if matches(pattern, name)), "freeze")
         wanted = parse_method(check_action(action))
         if action != "freeze" and not (wanted is not None and wanted.same(method)):
             refused[name] = f"{action if wanted is None else wanted.label()!r}, and carries {method.label()!r}"
