@@ -11,7 +11,7 @@ from PIL import Image
 
 import chiasm
 from chiasm.compose import build_model
-from chiasm.fusion.pair import PairConfig
+from chiasm.fusion.pair import PairConfig, pictures_of
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.presets import preset, presets, record_of
@@ -167,7 +167,7 @@ def test_tiny_form(name: str) -> None:
         if getattr(c, "answer_depth", 0):
             return model.fused(*model.read(batch))[:, 0]
         if getattr(c, "picture_classes", None):
-            return model.picture_logits(model.read(batch)[1][0])
+            return model.picture_logits(pictures_of(batch, 1)[0])
         if c.tasks.match or getattr(c, "contrast", None):
             return model.match(batch)[:, None]
         return model.fill(batch)[:, :4].flatten(1)

@@ -50,6 +50,11 @@ ENCODERS: dict[str, tuple[dict[str, Any], list[tuple[int, ...]], tuple[str, ...]
     "text": ({"type": "text", **TINY_TEXT}, TEXTS, ()),
     "text/siglip": ({"type": "text", **TINY_TEXT, "causal": False, "activation": "gelu_tanh"}, TEXTS, ()),
     "bert": ({"type": "bert", **TINY_TEXT, "pooler": "unused"}, TEXTS, ("pooler.",)),
+    "naflex": (  # pictures come as rows of patches
+        {"type": "naflex", "side": 4, "patch": 4, "dim": 16, "depth": 2, "heads": 2, "mlp": 20},
+        [(6, 48), (9, 48), (1, 48)],
+        (),
+    ),
     "resnet": ({"type": "resnet", "blocks": [1, 1, 2, 1], "width": 8}, [(3, 64, 64), (3, 64, 96)], ()),
     "efficientnet": (
         {"type": "efficientnet", "width": 0.5, "depth": 1.0, "stages": TINY_STAGES, "square_padding": [1]},
@@ -198,7 +203,7 @@ def test_encoder_gradients(key: str):
         if p.grad is not None and not name.endswith(("attn.k.bias", "k_proj.bias", "key.bias")):
             assert p.grad.abs().max() > 1e-7, f"{name} gets no gradient"
     if x.is_floating_point():
-        assert x.grad is not None and x.grad[:, :, :8, :8].abs().max() > 0
+        assert x.grad is not None and x.grad[..., :8, :8].abs().max() > 0
 
 
 @torch.no_grad()
