@@ -330,7 +330,7 @@ def test_connector_gradients(key: str):
     (out * torch.randn(out.shape, generator=generator(1))).sum().backward()
     for name, p in model.named_parameters():
         # what shifts all keys alike shifts all scores of a query alike
-        zero_by_symmetry = name.endswith(("k.bias", "k_proj.bias", "key.bias", "key_norm.bias"))
+        zero_by_symmetry = name.endswith(("k.bias", "k_proj.bias", "key.bias", "key_norm.bias", "k_norm.bias"))
         assert p.grad is not None and (zero_by_symmetry or p.grad.abs().max() > 1e-7), f"{name} gets no gradient"
     for tensor in leaf(x):
         assert tensor.grad is not None and (tensor.grad.abs().amax(dim=(0, 1)) > 0).all()

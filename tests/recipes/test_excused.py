@@ -19,7 +19,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("parts", ["attention", "cross", "gpt"])
+@pytest.mark.parametrize("parts", ["attention", "cross", "cross with normed heads", "gpt"])
 def test_what_cancels_out_is_known_by_its_gradient(parts):
     """In float64 the declared ones have a gradient of rounding size, and of the others each has a real one."""
     from chiasm.lm.gpt import GPT
@@ -31,8 +31,8 @@ def test_what_cancels_out_is_known_by_its_gradient(parts):
     if parts == "attention":
         model = Attention(16, 2).double()
         result = model(x, mask=torch.arange(5) < torch.tensor([[5], [3]]))
-    elif parts == "cross":
-        model = CrossAttention(16, 2).double()
+    elif parts in ("cross", "cross with normed heads"):
+        model = CrossAttention(16, 2, head_norm=parts != "cross").double()
         result = model(x, y)
     else:
         sizes = {"vocab": 9, "dim": 16, "depth": 1, "heads": 2, "mlp": 32, "bias": True, "positions": "alibi"}
@@ -50,12 +50,12 @@ def test_what_cancels_out_is_known_by_its_gradient(parts):
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_key_bias_that_acts_is_not_excused(norm):
-    """Behind a norm or turned by its position it does have an effect."""
+    """Behind a norm or turned by its position it does have an effect; the norm's own bias has none."""
     from chiasm.lm.decoder import Decoder
     from chiasm.nn.cross_attention import CrossAttention
 
     if norm:
-        assert cancelling(CrossAttention(16, 2, head_norm=True)) == []
+        assert cancelling(CrossAttention(16, 2, head_norm=True)) == ["k_norm.bias"]
     else:
         sizes = {"vocab": 9, "dim": 16, "depth": 1, "heads": 2, "mlp": 32, "qkv_bias": True, "max_positions": 8}
         assert cancelling(Decoder(Decoder.Config.parse(sizes))) == []

@@ -64,8 +64,10 @@ class CrossAttention(nn.Module):
         return q, k
 
     def without_effect(self) -> list[str]:
-        """A bias of the keys adds one number to all scores of a query, and softmax cancels it: its slope is 0."""
-        return ["k.bias"] if self.k.bias is not None and self.k_norm is None else []
+        """What the keys get last adds one number to all scores of a query, and softmax cancels it: its slope is 0."""
+        if self.k_norm is not None:
+            return ["k_norm.bias"]
+        return ["k.bias"] if self.k.bias is not None else []
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, ., Dh]
