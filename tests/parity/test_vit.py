@@ -153,7 +153,29 @@ def test_select(case: Case):
         pytest.skip("no class vector")
     whole = ours(case, select="cls_patch")(x).x
     assert torch.equal(ours(case, select="patch")(x).x, whole[:, 1:])
-    assert torch.equal(ours(case, select="cls")(x).x, whole[:, :1])
+    torch.testing.assert_close(ours(case, select="cls")(x).x, whole[:, :1], atol=2e-6, rtol=2e-6)
+
+
+def test_the_class_vector_alone_is_the_same_in_less_work(case: Case):
+    """The last block computes one position; value and every slope are those of the whole, in float64."""
+    if not case.ours.get("cls", True):
+        pytest.skip("no class vector")
+    x, found = pixels(2, 3, case.size, case.size).double(), []
+    for select in ("cls_patch", "cls"):
+        model = ours(case, select=select).double()
+        rows: list[int] = []
+        model.blocks[model.config.blocks_run - 1].mlp.fc1.register_forward_hook(
+            lambda *given, rows=rows: rows.append(given[2].shape[1])
+        )
+        out = model(x).x[:, :1]  # [2, 1, D]
+        out.square().sum().backward()
+        found.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, rows[0]))
+    (whole, slopes, every), (alone, own, one) = found
+    assert (every, one) == (case.size**2 // case.ours["patch"] ** 2 + 1, 1)
+    torch.testing.assert_close(alone, whole, atol=1e-12, rtol=1e-12)
+    assert own.keys() == slopes.keys()
+    for name, slope in own.items():
+        torch.testing.assert_close(slope, slopes[name], atol=1e-10, rtol=1e-9, msg=name)
 
 
 def test_sincos_positions():

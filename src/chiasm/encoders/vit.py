@@ -43,9 +43,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp, activation)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """``x [U, N, D]``, ``mask [U, N]`` (True: may be attended to) → ``[U, N, D]``."""
-        x = x + self.attn(self.norm1(x), mask, causal)
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, asked: int | None = None) -> Tensor:
+        """``x [U, N, D]``, ``mask [U, N]`` (True: may be attended to) → ``[U, N, D]``; of ``asked`` first positions
+        alone ``[U, asked, D]``, for less work.
+        """
+        x = x[:, :asked] + self.attn(self.norm1(x), mask, causal, asked)
         return x + self.mlp(self.norm2(x))
 
 
@@ -162,8 +164,9 @@ class ViT(Encoder):
         x = self._place(x, grid)  # [U, cls + rows*columns, D]
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        for block in self.blocks[: self.config.blocks_run]:
-            x = call(block, self.recompute, x)
+        for i, block in enumerate(self.blocks[: self.config.blocks_run], 1):
+            last = i == self.config.blocks_run and self.config.select == "cls" and not block._forward_hooks
+            x = call(block, self.recompute, x, None, False, 1 if last else None)  # nobody reads the last patches
         if self.config.select == "cls":
             x = x[:, :1]  # [U, 1, D]
         elif self.config.select == "patch" and self.cls is not None:

@@ -27,10 +27,14 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """``x [B, N, D]``, ``mask [B, N]`` (True: may be attended to; not with ``causal``) → ``[B, N, D]``."""
-        q, k, v = (linear(layer, x) for layer in (self.q, self.k, self.v))  # [B, N, D] each
-        return linear(self.out, merged(q, k, v, self.heads, mask, causal))  # [B, N, D]
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, asked: int | None = None) -> Tensor:
+        """``x [B, N, D]``, ``mask [B, N]`` (True: may be attended to; not with ``causal``) → ``[B, N, D]``.
+
+        ``asked`` (not with ``causal``): only so many first positions look, ``[B, asked, D]``.
+        """
+        q = linear(self.q, x[:, :asked])  # [B, N or asked, D]
+        k, v = linear(self.k, x), linear(self.v, x)  # [B, N, D] each
+        return linear(self.out, merged(q, k, v, self.heads, mask, causal))  # [B, N or asked, D]
 
     def without_effect(self) -> list[str]:
         """A bias of the keys adds one number to all scores of a query, and softmax cancels it: its slope is 0."""

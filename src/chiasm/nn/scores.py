@@ -25,8 +25,12 @@ made, and that stays in memory; lengths of conversations are all different."""
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, causal: bool) -> Tensor:
-    """``q``, ``k``, ``v [B, N, H·Dh]``, ``mask [B, N]`` (True: may be attended to) or None → ``[B, N, H·Dh]``."""
-    if 1 < q.shape[1] <= LONGEST and q.shape[2] // heads % 2 == 0 and all(map(kernels.plain, (q, k, v))):
+    """``q``, ``k``, ``v [B, N, H·Dh]``, ``mask [B, N]`` (True: may be attended to) or None → ``[B, N, H·Dh]``.
+
+    There may be fewer queries than keys, without ``causal``.
+    """
+    alike = 1 < q.shape[1] == k.shape[1] <= LONGEST
+    if alike and q.shape[2] // heads % 2 == 0 and all(map(kernels.plain, (q, k, v))):
         return kernels.attend(q, k, v, heads, mask, causal)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, Dh]
     if mask is None:
