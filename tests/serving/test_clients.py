@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+import threading
+import time
 
 import openai
 import pytest
@@ -65,13 +67,38 @@ def test_many_asynchronous_clients(running: Running):
     assert all(count >= 2 for count in asyncio.run(everyone()))
 
 
-def test_stopping_a_stream_early(running: Running):
-    stream = running.client().chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=300, temperature=0, stream=True
-    )
-    next(iter(stream))
-    stream.close()
+@pytest.mark.parametrize("read", [1, 3])
+def test_stopping_a_stream_early(running: Running, monkeypatch, read):
+    """The engine stands still until the server has seen the client leave; the answer has no end of its own."""
     running.idle()
+    service, go, steps = running.state.models["tiny"].service, threading.Event(), []
+    step, before = service.scheduler.step, service.stats()["finished"].get("cancelled", 0)
+
+    def held() -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            go.wait(120)
+        step()
+
+    monkeypatch.setattr(service.scheduler, "step", held)
+    stream = running.client().chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "x"}],
+        max_tokens=300,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    chunks = iter(stream)
+    for _ in range(read):
+        next(chunks)
+    stream.close()
+    deadline = time.monotonic() + 60
+    while running.state.answering:
+        assert time.monotonic() < deadline, "the server has not seen the client leave"
+        time.sleep(0.005)
+    go.set()
+    running.idle()
+    assert len(steps) <= 5 and service.stats()["finished"]["cancelled"] == before + 1
 
 
 @pytest.mark.parametrize(

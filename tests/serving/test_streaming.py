@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
+from contextlib import aclosing
 
 import openai
 import pytest
-from serving_kit import Running, ready, serving, shows
+from serving_kit import Running, Served, ServeOptions, ready, serving, shows
+
+from chiasm.infer.request import Handle, Piece, Request
+from chiasm.serve.flow import TICK, Flow
+from chiasm.serve.state import State
 
 
 def raw(running: Running, more: dict[str, str] | None = None, **fields) -> socket.socket:
@@ -183,6 +189,37 @@ def test_a_client_that_goes_away_stops_the_computation(vlm, monkeypatch, stream)
         running.idle()
         assert len(steps) <= 6
         assert running.get("/metrics").body.count(b"chiasm:request_cancelled_total 1") == 1
+
+
+@pytest.mark.parametrize("late", range(8))
+def test_no_cancellation_is_lost_to_a_piece_that_comes_with_it(late):
+    """At whatever moment the reader is cancelled after a piece has come, it ends, and so does the answer."""
+    handle = Handle(Request([]))
+    flow = Flow(State({}, ServeOptions.parse({})), Served.ready("tiny"), [handle])
+    read: list[str] = []
+
+    async def reader() -> None:
+        async with aclosing(flow.pieces()) as pieces:
+            async for _, piece in pieces:
+                read.append(piece.text)
+
+    async def leave() -> None:
+        task = asyncio.create_task(reader())
+        for text in "ab":
+            handle.put(Piece(text))
+            while len(read) < len(text):
+                await asyncio.sleep(0)
+        await asyncio.sleep(0.01)  # it waits for more
+        handle.put(Piece("c"))
+        for _ in range(late):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait((task,), timeout=2 * TICK)
+        lost = not task.done()
+        task.cancel()
+        assert not lost and handle.cancelled
+
+    asyncio.run(leave())
 
 
 def test_a_client_that_goes_away_while_it_waits(vlm):

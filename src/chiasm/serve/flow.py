@@ -39,19 +39,25 @@ class Flow:
         queue: asyncio.Queue[tuple[int, Any, bool]] = asyncio.Queue()
         tasks = [asyncio.create_task(_pump(i, handle, queue)) for i, handle in enumerate(self.handles)]
         found: dict[int, Any] = {}
+        getting: asyncio.Future[tuple[int, Any, bool]] | None = None
         quiet = checked = time.monotonic()
         try:
             while len(found) < len(self.handles):
                 if time.monotonic() - checked >= TICK:
                     checked = time.monotonic()
                     self._check()
-                try:
-                    index, item, last = await (queue.get() if queue.qsize() else asyncio.wait_for(queue.get(), TICK))
-                except (asyncio.TimeoutError, TimeoutError):
-                    if time.monotonic() - quiet >= self.state.options.ping_seconds:
-                        quiet = time.monotonic()
-                        yield -1, None
-                    continue
+                if getting is None and queue.qsize():
+                    index, item, last = queue.get_nowait()
+                else:
+                    getting = getting or asyncio.ensure_future(queue.get())
+                    # Not wait_for: until Python 3.12 it loses a cancellation that comes together with an item.
+                    await asyncio.wait((getting,), timeout=TICK)
+                    if not getting.done():
+                        if time.monotonic() - quiet >= self.state.options.ping_seconds:
+                            quiet = time.monotonic()
+                            yield -1, None
+                        continue
+                    (index, item, last), getting = getting.result(), None
                 quiet = time.monotonic()
                 if not last:
                     yield index, item
@@ -59,9 +65,10 @@ class Flow:
                 found[index] = self._ended(item)
         finally:
             self.cancel()
-            for task in tasks:
+            left = [*tasks, *([getting] if getting else [])]
+            for task in left:
                 task.cancel()
-            for task in tasks:
+            for task in left:
                 with suppress(asyncio.CancelledError):
                     await task
         self.finishes = [found[i] for i in range(len(self.handles))]
