@@ -25,7 +25,7 @@ class Provenance(Config):
     base: dict[str, str] = Field(default_factory=dict)  # part of the network → what its weights were read from
     licences: dict[str, str] = Field(default_factory=dict)  # part or data set → its licence
     history: tuple[str, ...] = ()  # what was done to the weights, oldest first
-    ignored_fingerprint: tuple[str, ...] = ()  # differences in prompt or pixels that somebody chose to ignore
+    ignored_fingerprint: tuple[str, ...] = ()  # what differed from it and was meant
 
     def add(self, *events: str, ignored: str | None = None, base: dict[str, str] | None = None) -> Provenance:
         """A copy with ``events`` at the end of the history, and with what was ignored or where weights came from."""

@@ -314,8 +314,8 @@ def load(
     What a folder is is read from its ``config.json``, never from a name. ``dtype`` None keeps the type that the weights
     are stored in. ``template`` (a name or its data) is for folders that carry no chat template, ``vision_tower`` for
     checkpoints that do not hold their tower. ``allow_pickle`` permits weights that are pickles. ``ignore_fingerprint``
-    loads although prompt or pixels changed; it is recorded. ``quantize`` is "int8" or "int4" (``VLM.quantize``). The
-    model is in evaluation mode.
+    loads although prompt, pixels or configuration changed; it is recorded. ``quantize`` is "int8" or "int4". The model
+    is in evaluation mode.
 
     Raises CheckpointError (FingerprintError) or ConfigError.
     """

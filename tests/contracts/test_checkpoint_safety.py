@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_kit import build, make_tokenizer
 from safetensors.torch import load_file
 
 import chiasm
@@ -112,3 +114,96 @@ def test_an_ignored_fingerprint_is_recorded_for_ever(copy: Path, tmp_path: Path)
     again = chiasm.load(vlm.save(tmp_path / "next"))  # its own fingerprint now
     assert again.config.provenance.ignored_fingerprint == vlm.config.provenance.ignored_fingerprint
     assert again.config.provenance.history[-1] == "loaded although its fingerprint differed"
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+# Each of these fits the same tensors and the same prompts and pixels, and gives another model.
+EDITS = {
+    "model.lm.rope_theta": (20000.0, "model.lm.rope_theta was 10000.0, is 20000.0 now"),
+    "model.lm.norm_eps": (1e-6, "model.lm.norm_eps was 1e-05, is 1e-06 now"),
+    "model.lm.activation": ("gelu", "model.lm.activation was 'silu', is 'gelu' now"),
+    "model.lm.heads": (4, "model.lm.heads was 2, is 4 now"),
+    "model.encoders.image.layer": (-2, "model.encoders.image.layer was -1, is -2 now"),
+    "model.encoders.image.norm_eps": (1e-5, "model.encoders.image.norm_eps was 1e-06, is 1e-05 now"),
+    "model.connectors.image.activation": ("silu", "model.connectors.image.activation was 'gelu', is 'silu' now"),
+    "processing.max_length": (5000, "processing.max_length was None, is 5000 now"),
+}
+
+
+@pytest.mark.parametrize("key", list(EDITS))
+def test_an_edited_configuration_is_refused(copy: Path, key: str):
+    value, message = EDITS[key]
+    edit_config(copy, key, value)
+    with pytest.raises(
+        FingerprintError, match=rf"edited after it was saved: {re.escape(message)}\. Restore config"
+    ) as e:
+        chiasm.load(copy)
+    assert "ignore_fingerprint=True" in str(e.value) and str(copy) in str(e.value)
+
+
+def test_a_deleted_key_is_an_edit(tmp_path: Path):
+    folder = build(make_tokenizer(tmp_path / "t"), **{"model.lm.rope_theta": 500.0}).save(tmp_path / "m")
+    values = json.loads((folder / "config.json").read_text())
+    del values["model"]["lm"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(FingerprintError, match=r"model.lm.rope_theta was 500.0, is 10000.0 now"):
+        chiasm.load(folder)
+
+
+def test_who_means_an_edit_says_so_and_it_is_recorded(copy: Path, tmp_path: Path):
+    edit_config(copy, "model.lm.rope_theta", 20000.0)
+    edit_config(copy, "processing.add_bos", True)
+    with pytest.raises(FingerprintError, match=r"token 0 was .*; its configuration was edited .*rope_theta"):
+        chiasm.load(copy)
+    vlm = chiasm.load(copy, ignore_fingerprint=True)
+    assert vlm.config.model.lm.rope_theta == 20000.0
+    prompt, edit = vlm.config.provenance.ignored_fingerprint
+    assert "token 0" in prompt and "model.lm.rope_theta was 10000.0, is 20000.0 now" in edit
+    assert vlm.config.provenance.history[-1] == "loaded although its fingerprint differed"
+    again = chiasm.load(vlm.save(tmp_path / "next"))  # what it is now is what it was saved as
+    assert again.config.provenance == vlm.config.provenance
+
+
+def test_without_a_tokenizer_too(copy: Path, tmp_path: Path):
+    vlm = chiasm.load(copy)
+    bare = chiasm.VLM(vlm.config, vlm.model).save(tmp_path / "bare")
+    assert not chiasm.load(bare).has_processor and not chiasm.load(bare).config.provenance.history
+    edit_config(bare, "model.lm.rope_theta", 20000.0)
+    with pytest.raises(FingerprintError, match=r"rope_theta was 10000.0"):
+        chiasm.load(bare)
+
+
+def test_a_method_s_numbers_are_part_of_it(copy: Path, tmp_path: Path):
+    from chiasm.train.methods.lora import LoRA, LoRAConfig
+
+    vlm = chiasm.load(copy)
+    method = LoRA(LoRAConfig.parse({"type": "lora", "targets": [".*"], "r": 2, "alpha": 4.0}))
+    method.install(vlm.model, "lm.layers.0.attn.q_proj")
+    folder = vlm.save(tmp_path / "m")
+    values = json.loads((folder / "config.json").read_text())
+    values["methods"][0]["method"]["alpha"] = 8.0
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(FingerprintError, match=r"methods.0.method.alpha was 4.0, is 8.0 now"):
+        chiasm.load(folder)
+
+
+def test_a_folder_from_before_loads_and_says_so(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = copy / "fingerprint.json"
+    stored = json.loads(path.read_text())
+    del stored["config"]
+    path.write_text(json.dumps(stored))
+    vlm = chiasm.load(copy)
+    assert "before configurations were part of it" in vlm.config.provenance.history[-1]
+    assert str(copy) in caplog.text and "config.json cannot be noticed" in caplog.text
+    again = vlm.save(tmp_path / "next")
+    edit_config(again, "model.lm.rope_theta", 20000.0)
+    with pytest.raises(FingerprintError, match="rope_theta"):
+        chiasm.load(again)
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"version": 1, "config": 3}', "{"])
+def test_a_damaged_fingerprint_is_one_error(copy: Path, damage: str):
+    (copy / "fingerprint.json").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"fingerprint"):
+        chiasm.load(copy)

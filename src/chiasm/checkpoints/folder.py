@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from chiasm.checkpoints.seal import KEY, OLDER, RESTORE, edited, log, seal
 from chiasm.compose import build_model, install, installed
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import Weights, open_weights, read_json, replaced_folder, write_json, write_weights
@@ -66,9 +67,10 @@ def save(
         write_weights(aside, state, max_shard)
         if processor is not None:
             processor.tokenizer.save(aside)  # type: ignore[attr-defined]
-            write_json(aside / FINGERPRINT, fingerprint(processor), indent=None)
         carried = tuple(MethodRecord(method=method, modules=modules) for method, modules in installed(model))
         saved = config.model_copy(update={"weights": {}, "tokenizer": None, "methods": carried})
+        printed = {} if processor is None else fingerprint(processor)
+        write_json(aside / FINGERPRINT, printed | {KEY: seal(saved)}, indent=None)
         write_json(aside / "config.json", saved.dump())
     return folder
 
@@ -83,11 +85,11 @@ def load(
 ) -> tuple[VLMConfig, Fusion, Processor | None]:
     """Configuration, filled network and processor. Raises FingerprintError where prompt or pixels changed."""
     config = VLMConfig.parse(values, where=str(folder / "config.json"))
-    processor = None
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", FINGERPRINT)):
+    stored, processor = _stored(folder), None
+    if "probes" in stored or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         tokenizer = Silent() if reads_nothing(config.processing) else Tokenizer.from_folder(folder)
         processor = Processor(config.processing, cast(TokenizerLike, tokenizer), config.model.count)
-        config = _verified(config, processor, folder, ignore_fingerprint)
+    config = _verified(config, processor, folder, stored, ignore_fingerprint)
     model, _ = filled(config, open_weights(folder, allow_pickle), SAME_NAMES, dtype, device)
     return config, model, processor
 
@@ -126,15 +128,31 @@ def dropped(plan: Plan) -> list[str]:
     ]
 
 
-def _verified(config: VLMConfig, processor: Processor, folder: Path, ignore: bool) -> VLMConfig:
-    """Compare the fingerprint; with ``ignore`` a difference is written into the provenance instead of refused."""
-    if not (folder / FINGERPRINT).is_file():
-        difference: str | None = f"{FINGERPRINT} is missing"
-    else:
-        difference = compare(processor, read_json(folder / FINGERPRINT))
-    if difference is None:
-        return config
-    if not ignore:
-        raise FingerprintError(f"{folder}: {difference}. {REMEDY}")
-    provenance = config.provenance.add("loaded although its fingerprint differed", ignored=difference)
-    return config.model_copy(update={"provenance": provenance})
+def _stored(folder: Path) -> Mapping[str, Any]:
+    """The folder's fingerprint, empty where it has none. Raises CheckpointError."""
+    stored = read_json(folder / FINGERPRINT) if (folder / FINGERPRINT).is_file() else {}
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"{folder / FINGERPRINT} holds {type(stored).__name__}, a table was expected")
+    return stored
+
+
+def _verified(
+    config: VLMConfig, processor: Processor | None, folder: Path, stored: Mapping[str, Any], ignore: bool
+) -> VLMConfig:
+    """Compare prompts, pixels and configuration with those stored. Raises FingerprintError; with ``ignore`` a
+    difference is written into the provenance instead.
+    """
+    seen = None
+    if processor is not None:
+        seen = compare(processor, stored) if stored else f"{FINGERPRINT} is missing"
+    built = edited(config, stored) if KEY in stored else None
+    differences = [found for found in (seen, built) if found]
+    if KEY not in stored and (stored or processor is None):
+        log.warning("%s: %s", folder, OLDER)
+        config = config.model_copy(update={"provenance": config.provenance.add(OLDER)})
+    if differences and not ignore:
+        raise FingerprintError(f"{folder}: {'; '.join(differences)}. {REMEDY if seen else RESTORE}")
+    for found in differences:
+        provenance = config.provenance.add("loaded although its fingerprint differed", ignored=found)
+        config = config.model_copy(update={"provenance": provenance})
+    return config

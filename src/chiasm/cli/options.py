@@ -22,7 +22,9 @@ def loading(command: F) -> F:
             "--dtype", default=None, type=click.Choice(["float32", "bfloat16", "float16"]), help="Number type."
         ),
         click.option(
-            "--ignore-fingerprint", is_flag=True, help="Load although prompt or pixels changed; it is recorded."
+            "--ignore-fingerprint",
+            is_flag=True,
+            help="Load although prompt, pixels or configuration changed; it is recorded.",
         ),
     ):
         command = option(command)
