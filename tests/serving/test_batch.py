@@ -88,7 +88,9 @@ def test_every_line_has_one_answer_as_the_server_gives_it(running: Running, fold
     ]
     source = write(tmp_path / "in.jsonl", [*bad[:2], *good, "", *bad[2:], *refused])
     result = run(folder, source, tmp_path / "out.jsonl")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
+    failed = len(bad) + len(refused)
+    assert f"{failed} of {len(good) + failed} lines failed; see its lines" in result.output.splitlines()[-1]
     rows = read(tmp_path / "out.jsonl")
     assert len(rows) == len(good) + len(bad) + len(refused)
     assert all(set(row) == {"id", "custom_id", "response", "error"} for row in rows)
@@ -106,6 +108,17 @@ def test_every_line_has_one_answer_as_the_server_gives_it(running: Running, fold
     wrong = [row for row in rows if row["response"] is None]
     assert all(row["error"]["code"] == "invalid_line" and "line " in row["error"]["message"] for row in wrong)
     assert "stands in a line before" in next(row for row in wrong if row["custom_id"] == "text")["error"]["message"]
+
+
+def test_the_exit_status_says_whether_lines_failed(folder, tmp_path):
+    """Also on a second run, which asks nothing: what was refused then is refused still."""
+    source = write(tmp_path / "in.jsonl", [request("a", temperature=9), request("b", max_tokens=0), "{"])
+    for _ in range(2):
+        result = run(folder, source, tmp_path / "all.jsonl")
+        assert result.exit_code == 1 and "3 of 3 lines failed" in result.output, result.output
+        assert "the first that failed" in result.output and "temperature" in result.output
+    result = run(folder, write(tmp_path / "good.jsonl", [request("a")]), tmp_path / "good-out.jsonl")
+    assert result.exit_code == 0 and result.output.splitlines()[-1].endswith("all 1 answered")
 
 
 def test_a_killed_run_goes_on(folder, tmp_path):
@@ -186,8 +199,8 @@ def test_a_local_cluster_of_ray(folder, tmp_path):
         result = run(folder, source, tmp_path / "out.jsonl", "--ray", "1", "--flying", "4")
     finally:
         ray.shutdown()
-    assert result.exit_code == 0, result.output
-    assert run(folder, source, tmp_path / "alone.jsonl").exit_code == 0
+    assert result.exit_code == 1 and "2 of 22 lines failed" in result.output, result.output
+    assert run(folder, source, tmp_path / "alone.jsonl").exit_code == 1
 
     def answers(path: Path) -> dict[str, object]:
         found = [row for row in read(path) if row["response"] is not None]

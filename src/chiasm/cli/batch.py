@@ -32,7 +32,8 @@ MB = 1 << 20
 def command(source: Path, word: str, out: Path, flying: int, actors: int | None, **settings: Any) -> None:
     """Answer every request of INPUT.jsonl (OpenAI's batch format) with MODEL.
 
-    Run again with the same files after an interruption: what OUT answers is not asked again.
+    Run again with the same files after an interruption: what OUT answers is not asked again. The exit status is 1 where
+    a line failed: refused by the server, or no request at all.
     """
     try:
         from chiasm.serve import batch, batch_ray
@@ -67,7 +68,16 @@ def command(source: Path, word: str, out: Path, flying: int, actors: int | None,
         output.close()
         if served is not None and served.service is not None:
             served.service.stop()
-    click.echo(f"{out}: all answered, {output.failed} of them with an error", err=True)
+    if not output.failed:
+        click.echo(f"{out}: all {output.answered} answered", err=True)
+        return
+    click.echo(f"the first that failed, {output.first}", err=True)
+    click.echo(
+        f"{out}: {output.failed} of {output.answered} lines failed; see its lines with an error, or a status_code of "
+        "400 or more",
+        err=True,
+    )
+    click.get_current_context().exit(1)
 
 
 def open_batch(word: str, settings: dict[str, Any]) -> tuple[Any, Any]:

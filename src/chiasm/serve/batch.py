@@ -150,14 +150,30 @@ class Output:
 
     def __init__(self, path: Path, fingerprint: str = ""):
         self.path = path
-        self.known: set[str] = _repair(path, fingerprint) if path.exists() else set()
-        self.failed = 0
+        self.known: set[str] = set()
+        self.answered = self.failed = 0  # of all its lines
+        self.first = ""  # what the first that failed says
+        if path.exists():
+            for row in _repair(path, fingerprint):
+                self.known.add(row["custom_id"])
+                self._count(row)
         self._file = path.open("ab")
+
+    def _count(self, answer: dict[str, Any]) -> None:
+        self.answered += 1
+        response, error = answer["response"], answer["error"]
+        if response is not None:
+            if response["status_code"] < 400:
+                return
+            body = response["body"]
+            error = body.get("error") if isinstance(body, dict) else None
+        self.failed += 1
+        told = error.get("message") if isinstance(error, dict) else None
+        self.first = self.first or f"{shown(answer['custom_id'])}: {told or 'no message'}"
 
     def add(self, answer: dict[str, Any]) -> None:
         """One more line."""
-        response = answer["response"]
-        self.failed += response is None or response["status_code"] >= 400
+        self._count(answer)
         self._file.write(dumps(answer) + b"\n")
         self._file.flush()
 
@@ -166,9 +182,9 @@ class Output:
         self._file.close()
 
 
-def _repair(path: Path, fingerprint: str) -> set[str]:
-    """Leave only whole answers that stand: not a cut last line, not faults that may pass. The names of those left."""
-    known: set[str] = set()
+def _repair(path: Path, fingerprint: str) -> list[dict[str, Any]]:
+    """Leave only whole answers that stand: not a cut last line, not faults that may pass. Those left, in short."""
+    known: dict[str, dict[str, Any]] = {}
     fresh = path.with_name(path.name + ".part")
     with path.open("rb") as old, fresh.open("wb") as new:
         for number, raw in enumerate(old, 1):
@@ -189,10 +205,12 @@ def _repair(path: Path, fingerprint: str) -> set[str]:
                     "--out, or delete it"
                 )
             if final and name not in known and raw.endswith(b"\n"):
-                known.add(name)
+                body = response["body"] if response["status_code"] >= 400 else {}
+                told = {"status_code": response["status_code"], "body": body}
+                known[name] = {"custom_id": name, "response": told, "error": None}
                 new.write(raw)
     os.replace(fresh, path)
-    return known
+    return list(known.values())
 
 
 def pending(path: Path, answered: set[str]) -> Iterator[Line]:

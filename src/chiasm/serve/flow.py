@@ -65,7 +65,7 @@ class Flow:
                 found[index] = self._ended(item)
         finally:
             self.cancel()
-            left = [*tasks, *([getting] if getting else [])]
+            left: list[asyncio.Future[Any]] = [*tasks, *([getting] if getting else [])]
             for task in left:
                 task.cancel()
             for task in left:
