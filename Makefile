@@ -21,13 +21,17 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.slow: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray,clients]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
 demo: $(VENV)/.demo ## train a small vision-language model on pictures, evaluate it, write runs/demo/report.html
 	$(BIN)/chiasm demo
 
 test: $(VENV)/.dev ## all tests, on CPU and without network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) -m "not slow"
 
-test-slow: $(VENV)/.dev ## the slower checks: the whole demo, the recipes on real data
+test-slow: $(VENV)/.slow ## the slower checks: the whole demo, the recipes on real data, Ray, other clients
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev ## style and types
