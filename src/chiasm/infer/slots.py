@@ -98,7 +98,8 @@ class Slots:
         positions = torch.tensor([p for run in runs for p in range(run.start, run.end)], dtype=torch.int32)
         ends = torch.tensor(wanted(runs), dtype=torch.int32)
         x = self._vectors(runs).float() if any(run.x is not None for run in runs) else None
-        return compiled.step(ids, slots, positions, ends, self.threads, x)
+        prompt = any(run.wanted != "all" for run in runs)
+        return compiled.step(ids, slots, positions, ends, self.threads, x, prompt)
 
     def _vectors(self, runs: Sequence[Run]) -> Tensor:
         """What the tokens of all runs are for the decoder: ``[T, D]``."""

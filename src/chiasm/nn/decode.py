@@ -86,11 +86,19 @@ class Compiled:
         return cls(lm, pool)
 
     def step(
-        self, ids: Tensor, slots: Tensor, positions: Tensor, wanted: Tensor, threads: int, x: Tensor | None = None
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        wanted: Tensor,
+        threads: int,
+        x: Tensor | None = None,
+        prompt: bool = False,
     ) -> Tensor:
         """``ids [m]`` int64; ``slots``, ``positions`` ``[m]`` int32; rows ``wanted [r]`` int32 → logits ``[r, V]``.
 
-        ``x [m, D]`` float32 stands for the ids' vectors where some are media's.
+        ``x [m, D]`` float32 stands for the ids' vectors where some are media's. ``prompt``: the rows are a prompt's,
+        many and in order; their sums are taken in another order than those of single tokens, and faster.
         """
         logits = torch.empty(len(wanted), self.vocab)
         assert self.work.library is not None
@@ -102,6 +110,7 @@ class Compiled:
             ctypes.c_int64(len(wanted)),
             ctypes.c_void_p(logits.data_ptr()),
             ctypes.c_int32(threads),
+            ctypes.c_int32(prompt),
         )
         return logits
 

@@ -53,6 +53,19 @@ static inline uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to 
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+#ifdef WIDE
+INLINED __m256i halved(__m512 x) {  // 16 numbers, as `narrowed`
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 none = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), none, _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+#endif
+
 // Activation rows in the form that a kind of weights is multiplied with.
 struct Rows {
   int64_t k = 0, stride = 0, groups = 0, per_group = 0;
@@ -88,7 +101,11 @@ struct Rows {
       for (int64_t i = k; i < stride; i++) to[i] = 0;
     } else if (kind == BF16) {
       uint16_t* to = half.data() + row * stride;
-      for (int64_t i = 0; i < k; i++) to[i] = narrowed(x[i]);
+      int64_t i = 0;
+#ifdef WIDE
+      for (; i + 16 <= k; i += 16) _mm256_storeu_si256((__m256i*)(to + i), halved(_mm512_loadu_ps(x + i)));
+#endif
+      for (; i < k; i++) to[i] = narrowed(x[i]);
       for (int64_t i = k; i < stride; i++) to[i] = 0;
     } else {
       rounded(row, x, kind == INT8 ? 128 : 8);

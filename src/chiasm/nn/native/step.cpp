@@ -15,7 +15,7 @@
 #include <memory>
 #include <thread>
 
-#include "attend.h"
+#include "prompt.h"
 
 struct Layer {
   Matrix q, k, v, o, gate, up, down;
@@ -58,6 +58,10 @@ struct Work {
   struct Own {
     Rows rows[4][4];
     std::vector<float> scratch, shares, room;
+    std::vector<uint32_t> laid;  // weights of a prompt's product
+#ifdef WIDE
+    Seen seen;
+#endif
   };
   std::vector<Own> own;  // of each thread
   std::vector<int64_t> firsts;  // rows at which another slot begins, or enough queries are together; and the last's end
@@ -74,6 +78,8 @@ struct Work {
   }
 };
 
+constexpr int64_t WIDEST = 2 * PANEL;  // outputs that a prompt's rows pass together
+
 enum Place { INTO_HEADS, INTO_OUT, INTO_MLP, INTO_DOWN };
 
 struct Step {
@@ -81,10 +87,14 @@ struct Step {
   Work& work;
   int64_t m;
   const int32_t *slots, *positions;
+  bool prompt;  // whether the rows are a prompt's: see prompt.h
 
   static int64_t part(int64_t n, int64_t i, int64_t of) { return n * i / of; }
-  static int64_t panel_part(int64_t n, int64_t i, int64_t of) {  // in whole panels
-    return std::min(part((n + PANEL - 1) / PANEL, i, of) * PANEL, n);
+  static int64_t panels(int64_t n, int64_t i, int64_t of, int64_t each = PANEL) {
+    return std::min(part((n + each - 1) / each, i, of) * each, n);
+  }
+  int64_t panel_part(int64_t n, int64_t i, int64_t of) const {  // in whole panels, of prompts two by two
+    return panels(n, i, of, prompt ? WIDEST : PANEL);
   }
 
   // Part `i` of `parts` for every part of stage number `stage`, by whichever threads come.
@@ -113,12 +123,24 @@ struct Step {
       rows.set(row, from, w.kind);
     };
     bool ready = !alone;
-    if (!alone) all(stage, m, set);
+    const int64_t each = m > 64 ? 8 : 1;
+    const auto some = [&](int64_t i) {
+      for (int64_t row = i * each; row < std::min(m, (i + 1) * each); row++) set(row);
+    };
+    if (!alone) all(stage, (m + each - 1) / each, some);
     all(stage + 1, parts, [&](int64_t i) {
       for (int64_t row = 0; !ready && row < m; row++) set(row);
       ready = true;
       part(rows, i, parts);
     });
+  }
+
+  template <class Give>
+  void multiplied(const Matrix& w, const Rows& rows, int64_t first, int64_t last, int thread, Give give) {
+#ifdef WIDE
+    if (prompt && w.kind == BF16) return multiply_many(w, rows, first, last, 0, m, work.own[thread].laid, give);
+#endif
+    multiply(w, rows, first, last, 0, m, give);
   }
 
   void shape(Place place, int64_t k, const Matrix& w, int threads) {
@@ -133,7 +155,7 @@ struct Step {
     const int64_t head = query ? unit : key ? unit - d.heads : unit - d.heads - d.kv_heads;
     const Matrix& w = query ? layer.q : key ? layer.k : layer.v;
     const int64_t first = head * width;
-    multiply(w, rows, first, first + width, 0, m, [&](int64_t row, int64_t n, int64_t count, const float* values) {
+    multiplied(w, rows, first, first + width, thread, [&](int64_t row, int64_t n, int64_t count, const float* values) {
       std::memcpy(into + row * width + n - first, values, count * sizeof(float));
     });
     for (int64_t row = 0; row < m; row++) {
@@ -162,7 +184,7 @@ struct Step {
 
   // Heads of a group, at a few positions of one slot, read the same keys and values.
   void together() {
-    const int64_t most = std::max<int64_t>(1, QUERIES / (d.heads / d.kv_heads));
+    const int64_t most = prompt ? 64 : std::max<int64_t>(1, QUERIES / (d.heads / d.kv_heads));
     work.firsts.assign(1, 0);
     for (int64_t row = 1; row <= m; row++)
       if (row == m || slots[row] != slots[row - 1] || row - work.firsts.back() == most) work.firsts.push_back(row);
@@ -171,6 +193,9 @@ struct Step {
   void attention(const Layer& layer, int thread, int64_t item) {
     const int64_t rows = item / d.kv_heads, kv = item % d.kv_heads, group = d.heads / d.kv_heads;
     Work::Own& own = work.own[thread];
+#ifdef WIDE
+    if (prompt && d.cache_kind == BF16) return attention_of_prompt(layer, own, work.firsts[rows], work.firsts[rows + 1], kv);
+#endif
     Query queries[QUERIES];
     int64_t count = 0;
     for (int64_t row = work.firsts[rows]; row < work.firsts[rows + 1]; row++)
@@ -184,6 +209,24 @@ struct Step {
     if (count) attend_all(layer, queries, count, place(work.firsts[rows], kv, 0), own);
   }
 
+#ifdef WIDE
+  void attention_of_prompt(const Layer& layer, Work::Own& own, int64_t first, int64_t last, int64_t kv) {
+    const int64_t group = d.heads / d.kv_heads, at = place(first, kv, 0), end = positions[last - 1] + 1;
+    const int64_t most = positions[first] + 1, begin = d.window && most > d.window ? most - d.window : 0;
+    own.seen.take((uint16_t*)layer.keys + at, (uint16_t*)layer.values + at, d.width, begin, end);
+    Query queries[ASKED];
+    int64_t count = 0;
+    for (int64_t row = first; row < last; row++)
+      for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
+        const int64_t end = positions[row] + 1, at = (row * d.heads + head) * d.width;
+        const int64_t begin = d.window && end > d.window ? end - d.window : 0;
+        queries[count++] = {work.q.data() + at, work.mixed.data() + at, nullptr, begin, end};
+        if (count == ASKED) own.seen.answer(queries, count), count = 0;
+      }
+    if (count) own.seen.answer(queries, count);
+  }
+#endif
+
   void attend_all(const Layer& layer, const Query* queries, int64_t count, int64_t at, Work::Own& own) {
     if (d.cache_kind == F32)
       attend(queries, count, (float*)layer.keys + at, (float*)layer.values + at, d.width, own.room.data());
@@ -191,25 +234,26 @@ struct Step {
       attend(queries, count, (uint16_t*)layer.keys + at, (uint16_t*)layer.values + at, d.width, own.room.data());
   }
 
-  void add(const Matrix& w, const Rows& rows, int64_t i, int64_t parts) {
-    multiply(w, rows, panel_part(w.n, i, parts), panel_part(w.n, i + 1, parts), 0, m,
-             [&](int64_t row, int64_t n, int64_t count, const float* values) {
-               float* x = work.x.data() + row * d.dim + n;
-               for (int64_t c = 0; c < count; c++) x[c] += values[c];
-             });
+  void add(const Matrix& w, const Rows& rows, int thread, int64_t i, int64_t parts) {
+    multiplied(w, rows, panel_part(w.n, i, parts), panel_part(w.n, i + 1, parts), thread,
+               [&](int64_t row, int64_t n, int64_t count, const float* values) {
+                 float* x = work.x.data() + row * d.dim + n;
+                 for (int64_t c = 0; c < count; c++) x[c] += values[c];
+               });
   }
 
   void gated(const Layer& layer, const Rows& rows, int thread, int64_t i, int64_t parts) {
-    float* gates = work.own[thread].scratch.data();  // [m, 16]
-    for (int64_t n = panel_part(d.mlp, i, parts), end = panel_part(d.mlp, i + 1, parts); n < end; n += PANEL) {
-      const int64_t last = std::min(n + PANEL, end);
-      multiply(layer.gate, rows, n, last, 0, m, [&](int64_t row, int64_t, int64_t count, float* values) {
-        activate(values, count, d.activation);
-        std::memcpy(gates + row * PANEL, values, count * sizeof(float));
+    const int64_t each = prompt ? WIDEST : PANEL;
+    float* gates = work.own[thread].scratch.data();  // [m, each]
+    for (int64_t n = panel_part(d.mlp, i, parts), end = panel_part(d.mlp, i + 1, parts); n < end; n += each) {
+      const int64_t last = std::min(n + each, end);
+      multiplied(layer.gate, rows, n, last, thread, [&](int64_t row, int64_t at, int64_t count, float* values) {
+        for (int64_t c = 0; c < count; c += 16) activate(values + c, std::min<int64_t>(16, count - c), d.activation);
+        std::memcpy(gates + row * each + at - n, values, count * sizeof(float));
       });
-      multiply(layer.up, rows, n, last, 0, m, [&](int64_t row, int64_t, int64_t count, const float* values) {
-        float* inner = work.inner.data() + row * d.mlp + n;
-        for (int64_t c = 0; c < count; c++) inner[c] = gates[row * PANEL + c] * values[c];
+      multiplied(layer.up, rows, n, last, thread, [&](int64_t row, int64_t at, int64_t count, const float* values) {
+        float* inner = work.inner.data() + row * d.mlp + at;
+        for (int64_t c = 0; c < count; c++) inner[c] = gates[row * each + at - n + c] * values[c];
       });
     }
   }
@@ -225,7 +269,7 @@ struct Step {
     ends.shape(std::max(m, count), d.dim, d.head.kind);
     work.begin(d.depth * 9 + 2);
     together();
-    const int64_t few = 4 * threads, units = d.heads + 2 * d.kv_heads, width = d.heads * d.width, n = d.head.n;
+    const int64_t few = prompt ? 16 * threads : 4 * threads, units = d.heads + 2 * d.kv_heads, width = d.heads * d.width, n = d.head.n;
     const int64_t items = (int64_t(work.firsts.size()) - 1) * d.kv_heads;
 #pragma omp parallel num_threads(threads)
     {
@@ -234,7 +278,7 @@ struct Step {
       for (int64_t l = 0; l < d.depth; l++, stage += 9) {
         const Layer& layer = d.layers[l];
         const auto sum = [&](const Matrix& w) {
-          return [&](const Rows& rows, int64_t i, int64_t parts) { add(w, rows, i, parts); };
+          return [&](const Rows& rows, int64_t i, int64_t parts) { add(w, rows, t, i, parts); };
         };
         product(stage, INTO_HEADS, work.x.data(), d.dim, layer.attn_norm, layer.q, t, units,
                 [&](const Rows& rows, int64_t i, int64_t) { heads_of(layer, rows, t, i); });
@@ -265,10 +309,10 @@ void* chiasm_work() { return new Work(); }
 void chiasm_free(void* work) { delete (Work*)work; }
 
 // `ids [m]`, or their vectors `given [m, dim]`; `slots`, `positions` `[m]`; logits `[count, vocab]` of the rows
-// `wanted [count]`.
+// `wanted [count]`. The rows are of a `prompt`, or of answers.
 void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, const float* given,
                  const int32_t* slots, const int32_t* positions, const int32_t* wanted, int64_t count, float* logits,
-                 int32_t threads) {
+                 int32_t threads, int32_t prompt) {
   Work& work = *(Work*)memory;
   Rows::grow(work.x, m * d->dim);
   Rows::grow(work.q, m * d->heads * d->width);
@@ -277,7 +321,7 @@ void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, 
   Rows::grow(work.turns, m * d->rotary);
   if (int64_t(work.own.size()) < threads) work.own.resize(threads);
   for (auto& own : work.own) {
-    Rows::grow(own.scratch, std::max({d->dim, d->heads * d->width, d->mlp, m * d->width, m * PANEL}));
+    Rows::grow(own.scratch, std::max({d->dim, d->heads * d->width, d->mlp, m * d->width, m * WIDEST}));
     Rows::grow(own.shares, QUERIES * (d->capacity + 16));
     Rows::grow(own.room, 16 * (d->width + 15) + 16);
   }
@@ -295,7 +339,7 @@ void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, 
       work.turns[row * d->rotary + d->rotary / 2 + i] = std::sin(angle) * d->amplitude;
     }
   }
-  Step{*d, work, m, slots, positions}.run(wanted, count, logits, threads);
+  Step{*d, work, m, slots, positions, bool(prompt)}.run(wanted, count, logits, threads);
 }
 
 // `out [m, n] = x [m, k] · wᵀ + bias`, both of `kind` (F32 or BF16), for weights of any kind.
@@ -313,7 +357,7 @@ void chiasm_linear(const Matrix* w, void* memory, int64_t m, const void* x, void
     }
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     for (int64_t m0 = 0; m0 < m; m0 += 128)  // so many activation rows stay in the second cache
-      multiply(*w, rows, Step::panel_part(w->n, thread, all), Step::panel_part(w->n, thread + 1, all), m0,
+      multiply(*w, rows, Step::panels(w->n, thread, all), Step::panels(w->n, thread + 1, all), m0,
                std::min(m0 + 128, m), [&](int64_t row, int64_t n, int64_t count, const float* values) {
                  if (kind == BF16)
                    for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[row * w->n + n + i] = narrowed(values[i]);
