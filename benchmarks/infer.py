@@ -35,7 +35,7 @@ import chiasm
 from chiasm.infer.sampling import Sampling
 from chiasm.infer.service import Request, Service
 from chiasm.nn.quality import quality
-from chiasm.nn.quant import Quantized, quantize_lm
+from chiasm.nn.quant import Quantized, quantize_model
 from chiasm.types import Image as Picture
 from chiasm.types import Message, Text
 
@@ -296,7 +296,7 @@ def run(shape: str, threads: int, clock: Clock, chosen: argparse.Namespace) -> d
             vlm = plain if how == "bf16" else chiasm.VLM(plain.config, copy.deepcopy(plain.model), plain.processor)
             told = {}
             if how != "bf16":
-                quantize_lm(vlm.model, how)
+                quantize_model(vlm.model, how)
                 told["quality"] = gate(plain, vlm)
             peer = Ours(f"chiasm {how}", vlm, threads)
             row: dict[str, Any] = measure(peer, clock, text, ids)

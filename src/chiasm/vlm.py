@@ -15,25 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from chiasm import registry
+from chiasm.card import card
 from chiasm.checkpoints import folder as own
 from chiasm.checkpoints.hub import local_folder
 from chiasm.checkpoints.parts import load_part
 from chiasm.checkpoints.vocabulary import check_vocabulary
 from chiasm.compose import as_device, as_dtype, build_model, check_counts, install
+from chiasm.conversation import Chat
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.fusion.base import Fusion
-from chiasm.infer import embed, zero_shot
+from chiasm.infer import embed, rounded, zero_shot
 from chiasm.infer.engine import generate, is_conversation
 from chiasm.infer.kept import Memory
 from chiasm.infer.look import Look, look
 from chiasm.infer.rank import By, Ranked, rank
-from chiasm.infer.tails import tail_logits
 from chiasm.lm.silent import Silent
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
-from chiasm.nn.quality import Quality, quality
-from chiasm.nn.quant import quantize_lm, refuse_quantized
+from chiasm.nn.quality import Nearness, Quality
+from chiasm.nn.quant import refuse_quantized
 from chiasm.presets.checkpoint import TENSORS, Options, Reader, table_of
 from chiasm.processing.pair import reads_nothing
 from chiasm.processing.processor import Processor, TokenizerLike
@@ -149,8 +150,13 @@ class VLM:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
 
     def to(self, *args: Any, **kwargs: Any) -> VLM:
-        """Move or cast the network, as ``nn.Module.to``; gives the same object."""
-        self.model.to(*args, **kwargs)
+        """Move or cast the network, as ``nn.Module.to``; gives the same object. Types may be names.
+
+        Raises ConfigError where there is no such device or type.
+        """
+        args = tuple(_place(word) for word in args)
+        given = {"device": as_device, "dtype": as_dtype}
+        self.model.to(*args, **{key: given.get(key, lambda value: value)(value) for key, value in kwargs.items()})
         return self
 
     def eval(self) -> VLM:
@@ -173,17 +179,13 @@ class VLM:
         """The type of the parameters."""
         return self.model.dtype
 
-    def quantize(
-        self, how: str = "int8", prompts: Sequence[Any] = (), names: str | None = None, keep: Sequence[str] = ()
-    ) -> Quality | None:
-        """Turn the language model's weights into 8 or 4 bits, in place, for inference only.
+    def quantize(self, how: str = "int8", prompts: Sequence[Any] = (), **options: Any) -> Quality | Nearness | None:
+        """Turn the language model's weights, or those of two towers, into 8 or 4 bits, in place, for inference only.
 
-        With ``prompts`` (conversations) it tells what that did to the distributions of the next token. ``names``,
-        ``keep``: see ``chiasm.nn.quant``. Raises ConfigError.
+        With ``prompts`` (conversations) it tells what that did to the distributions of the next token; ``options``:
+        ``images`` and ``texts`` to compare vectors of, ``names``, ``keep``: see ``chiasm.infer.rounded``.
         """
-        before = tail_logits(self.model, self.processor, prompts) if prompts else []
-        quantize_lm(self.model, how, names, keep)
-        return quality(before, tail_logits(self.model, self.processor, prompts)) if prompts else None
+        return rounded.quantize(self.model, self.processor, how, prompts, **options)
 
     # ---------------------------------------------------------------------------------------------- files
 
@@ -231,34 +233,8 @@ class VLM:
         name = self.config.provenance.preset or self.config.model.type
         return f"VLM({name}, {self.num_parameters():,} parameters, {self.dtype}, {self.device})"
 
-
-class Chat:
-    """A conversation with a model. ``say`` adds a turn and gives the answer; ``messages`` is what was said so far."""
-
-    def __init__(self, vlm: VLM, system: str | None = None, options: Mapping[str, Any] | None = None):
-        self.vlm, self.options = vlm, dict(options or {})
-        self.messages: list[dict[str, Any]] = []
-        self._system = system
-        self.clear()
-
-    def say(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> str:
-        """One turn with pictures and clips before its text; the answer. A turn that fails is not remembered."""
-        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in _several(images)]
-        content += [{"type": "video", "video": video} for video in _several(videos)]
-        content.append({"type": "text", "text": text})
-        turn = {"role": "user", "content": content}
-        answer = self.vlm.generate([*self.messages, turn], **{**self.options, **options})
-        self.messages += [turn, {"role": "assistant", "content": answer}]
-        return answer
-
-    def clear(self) -> None:
-        """Forget everything but the system prompt."""
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
-
-
-def _several(media: Any) -> Sequence[Any]:
-    """Media as a list: one alone (a path, bytes, a picture) is a list of one."""
-    return media if isinstance(media, list | tuple) else [media]
+    def _repr_html_(self) -> str:
+        return card(self)
 
 
 # ------------------------------------------------------------------------------------------------------ build and load
@@ -350,7 +326,7 @@ def read_config(folder: str | Path) -> VLMConfig:
     path = Path(folder)
     values = table_of(path)
     if own.is_own(values):
-        return VLMConfig.parse(values, where=str(path / "config.json"))
+        return own.parsed(values, path)
     return reader_of(values, path).read(path, values, Options()).config
 
 
@@ -383,6 +359,14 @@ def unit_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
     """The shape of a unit of each kind of media that the network takes and whose front end gives units of one shape."""
     shapes = {kind: front.unit_shape for kind, front in config.processing.media.items()}
     return {kind: shape for kind, shape in shapes.items() if shape is not None and kind in config.model.media}
+
+
+def _place(word: Any) -> Any:
+    """A device or a type from its name, or what is neither."""
+    kind = getattr(torch, word, None) if isinstance(word, str) else word
+    if isinstance(kind, torch.dtype):
+        return as_dtype(kind)
+    return as_device(word) if isinstance(word, str | torch.device) else word
 
 
 def _check_vocab(config: VLMConfig, tokenizer: Tokenizer) -> None:

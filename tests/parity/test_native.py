@@ -13,7 +13,7 @@ from chiasm.lm.decoder import Decoder
 from chiasm.nn import kernels
 from chiasm.nn.decode import Compiled, readable
 from chiasm.nn.quality import quality
-from chiasm.nn.quant import Quantized, pack4, pack8, quantize, quantize_lm, unpack4, unpack8
+from chiasm.nn.quant import Quantized, pack4, pack8, quantize, quantize_model, unpack4, unpack8
 
 compiler = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler: torch computes everything")
 SIZES = {"vocab": 97, "dim": 80, "depth": 2, "heads": 6, "kv_heads": 2, "head_dim": 20, "mlp": 144, "max_positions": 64}
@@ -127,7 +127,7 @@ def test_without_a_compiler_torch_computes_the_same(how, rng, monkeypatch):
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_a_quantized_decoder_steps_as_it_computes_whole(how):
     model = Holder(decoder(tied=True))
-    names = quantize_lm(model, how)
+    names = quantize_model(model, how)
     assert len(names) == 2 * 7 + 1 and readable(model.lm)
     expected, found = both(model.lm, torch.float32)
     # The last bit of an activation decides how it is rounded to 8 bits, so single steps of rounding may differ.
@@ -140,7 +140,7 @@ def test_the_gate_tells_kl_and_agreement():
     before, after = copy.deepcopy(model).lm, {}
     for how in ("int8", "int4"):
         changed = copy.deepcopy(model)
-        quantize_lm(changed, how)
+        quantize_model(changed, how)
         prompts = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 20)]
         after[how] = quality(logits_of(before, prompts), logits_of(changed.lm, prompts))
     assert 0 < after["int8"].kl < after["int4"].kl < 0.2

@@ -14,10 +14,10 @@ from chiasm.vlm import VLM, build
 ROOT = Path(__file__).parents[2]
 
 
-def towers(seed: int = 0, **changes: Any) -> VLM:
+def towers(seed: int = 0, dim: int = 32, **changes: Any) -> VLM:
     """The towers of the playground's recipe, narrow, with random weights everywhere."""
     config = load_yaml(ROOT / "recipes" / "clip-playground.yaml")["model"]["config"]
-    small = {"dim": 32, "depth": 1, "heads": 2, "mlp": 64}
+    small = {"dim": dim, "depth": 1, "heads": 2, "mlp": 2 * dim}
     for tower in config["model"]["encoders"].values():
         tower.update(small)
     config["model"]["encoders"]["image"]["image_size"] = config["processing"]["media"]["image"]["size"] = 16

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chiasm.cli.options import loading, open_model
+from chiasm.cli.options import loading, open_model, quantized
 
 PATH = click.Path(path_type=Path)
 SHOWN = 20  # pictures told of in the terminal
@@ -26,6 +26,7 @@ SHOWN = 20  # pictures told of in the terminal
 @click.option("--report", default=None, type=PATH, help="Write a page with the pictures here (.html).")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0), help="Threads that decode pictures.")
+@quantized
 @loading
 def command(
     folder: Path,
@@ -33,6 +34,7 @@ def command(
     labels: str | None,
     templates: str | None,
     probe: Path | None,
+    quantize: str | None,
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
@@ -53,7 +55,7 @@ def command(
         raise ConfigError("--probe takes its classes from the folders it is fitted to; leave --labels and prompts out")
     console = Console()
     words, forms = _labels(labels), _templates(templates, folder, labels)
-    vlm = open_model(model, device, dtype, ignore_fingerprint)
+    vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
     columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chiasm.cli.options import loading, open_model
+from chiasm.cli.options import loading, open_model, quantized
 
 PATH = click.Path(path_type=Path)
 
@@ -20,6 +20,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0), help="Threads that decode pictures.")
 @click.option("--ray", default=None, type=click.IntRange(1), help="Share the work among so many Ray actors.")
+@quantized
 @loading
 def command(
     folder: Path,
@@ -30,6 +31,7 @@ def command(
     batch_size: int,
     workers: int,
     ray: int | None,
+    quantize: str | None,
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
@@ -42,15 +44,17 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from chiasm.config import read_lines
-    from chiasm.errors import DataError
+    from chiasm.errors import ConfigError, DataError
     from chiasm.retrieve import Index
     from chiasm.retrieve.index import FOLDER
 
     console = Console()
     if not folder.is_dir():
         raise DataError(f"{folder}: is no folder; give one that holds pictures")
+    if ray is not None and quantize is not None:
+        raise ConfigError("--ray and --quantize do not go together: the actors load the model as it is")
     place = place or folder / FOLDER
-    vlm, name = opened(place, model, device, dtype, ignore_fingerprint)
+    vlm, name = opened(place, model, device, dtype, ignore_fingerprint, quantize)
     index = Index.open(place, vlm, engine, made_by=name)  # type: ignore[arg-type]
     embedder = None
     if ray is not None:
@@ -82,17 +86,20 @@ def command(
     console.print(f"Index: {place} ({held})", highlight=False, soft_wrap=True)
 
 
-def opened(place: Path, model: str | None, device: str | None, dtype: str | None, ignore: bool) -> tuple[object, str]:
-    """The model that is asked for, or the one that an index says it was made by; and its name."""
+def opened(
+    place: Path, model: str | None, device: str | None, dtype: str | None, ignore: bool, quantize: str | None = None
+) -> tuple[object, str]:
+    """The model that is asked for, or the one that an index says it was made by, in its number type; and its name."""
     from chiasm.errors import DataError
     from chiasm.retrieve.catalogue import Catalogue
     from chiasm.retrieve.index import CATALOGUE
 
     if model is None and (place / CATALOGUE).is_file():
         catalogue = Catalogue(place / CATALOGUE)
-        model = catalogue.fact("model")
+        model, made = catalogue.fact("model"), catalogue.fact("mark") or {}
+        dtype, quantize = dtype or made.get("dtype"), quantize or made.get("quantized")
         catalogue.close()
     if not model:
         raise DataError(f"{place}: there is no index that names its model; give one with --model")
     name = str(Path(model).resolve()) if Path(model).exists() else model
-    return open_model(name, device, dtype, ignore), name
+    return open_model(name, device, dtype, ignore, quantize), name

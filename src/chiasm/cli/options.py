@@ -48,7 +48,9 @@ def sampling(command: F) -> F:
 
 
 quantized = click.option(
-    "--quantize", type=click.Choice(["int8", "int4"]), help="Weights of the language model; for dtype bfloat16 on CPUs."
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Weights of the language model, or of two towers; for dtype bfloat16 on CPUs.",
 )
 
 

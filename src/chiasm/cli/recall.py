@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chiasm.cli.options import MODEL, loading, open_model
+from chiasm.cli.options import MODEL, loading, open_model, quantized
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -26,6 +26,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0))
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Also write the numbers as JSON.")
+@quantized
 @loading
 def command(
     model: str,
@@ -38,6 +39,7 @@ def command(
     batch_size: int,
     workers: int,
     out: Path | None,
+    quantize: str | None,
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
@@ -54,8 +56,8 @@ def command(
     from chiasm.eval.retrieval import evaluate, read_protocol
 
     pairs = read_protocol(protocol, images, split, captions or None)
-    vlm = open_model(model, device, dtype, ignore_fingerprint)
-    other = vlm if matcher in (None, model) else open_model(matcher, device, dtype, ignore_fingerprint)
+    vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
+    other = vlm if matcher in (None, model) else open_model(matcher, device, dtype, ignore_fingerprint, quantize)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("pictures", total=len(pairs.images))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from chiasm.cli.options import PICTURES, loading
+from chiasm.cli.options import PICTURES, loading, quantized
 
 PATH = click.Path(path_type=Path)
 
@@ -20,6 +20,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--html", default=None, type=PATH, help="The page of results. Default: search.html in the index.")
 @click.option("--json", "as_json", is_flag=True, help="Results as JSON lines, and no page.")
 @click.option("--model", default=None, help="Default: the model that made the index.")
+@quantized
 @loading
 def command(
     query: str,
@@ -29,6 +30,7 @@ def command(
     html: Path | None,
     as_json: bool,
     model: str | None,
+    quantize: str | None,
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
@@ -48,7 +50,7 @@ def command(
     place = where if (where / CATALOGUE).is_file() else where / FOLDER
     if not (place / CATALOGUE).is_file():
         raise DataError(f"{where}: holds no index; make one: chiasm index {where} --model MODEL, or name it with --in")
-    vlm, name = opened(place, model, device, dtype, ignore_fingerprint)
+    vlm, name = opened(place, model, device, dtype, ignore_fingerprint, quantize)
     index = Index.open(place, vlm, made_by=name)
     is_picture = Path(query).suffix.lower() in PICTURES and Path(query).is_file()
     hits = index.search(Path(query) if is_picture else query, k, among)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from chiasm.infer.sampling import Options, Sampling
 from chiasm.infer.scheduler import Job, Scheduler
 from chiasm.infer.slots import Slots
 from chiasm.infer.words import Words
-from chiasm.nn.quant import quantize_lm
+from chiasm.nn.quant import quantize_model
 
 LONGEST = 8192
 """Positions of a slot where neither the caller nor the model says how many."""
@@ -67,7 +67,7 @@ class Service:
         if dtype is not None:
             vlm.model.to(dtype)
         if quantize is not None:
-            quantize_lm(vlm.model, quantize)
+            quantize_model(vlm.model, quantize)
         self.vlm, self.most = vlm, slots
         self.max_queue_requests, self.max_queue_tokens = max_queue_requests, max_queue_tokens
         self.threads = threads or torch.get_num_threads()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from chiasm.errors import ConfigError, nearest
 from chiasm.nn import kernels
 from chiasm.nn.packed import linear
+from chiasm.nn.quant import Quantized
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -99,7 +100,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, N, D]`` → ``[B, N, D]``."""
         inner = linear(self.fc1, x)  # [B, N, hidden]
-        own = type(self.fc1) is nn.Linear and not self.fc1._forward_hooks  # nobody else holds what it gives
+        own = (
+            type(self.fc1) in (nn.Linear, Quantized) and not self.fc1._forward_hooks
+        )  # nobody else holds what it gives
         if own and self.name in kernels.ACTIVATIONS and kernels.plain(inner):
             inner = kernels.activate_(inner, self.name)
         else:

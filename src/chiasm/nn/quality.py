@@ -1,4 +1,4 @@
-"""What a change of a model's numbers does to its words: two sets of logits compared."""
+"""What a change of a model's numbers does to its words or its vectors: two sets of them compared."""
 
 from __future__ import annotations
 
@@ -37,4 +37,34 @@ def quality(original: Iterable[Tensor], changed: Iterable[Tensor]) -> Quality:
     return Quality(sum(divergences) / count, max(divergences), same / count, count)
 
 
-__all__ = ["Quality", "quality"]
+@dataclass(frozen=True)
+class Nearness:
+    """``cosine``: mean of each vector with what it became, ``worst`` the least; ``kept``: of each one's ``of`` nearest
+    others before, the share that is among its ``of`` nearest after; ``count`` vectors."""
+
+    cosine: float
+    worst: float
+    kept: float
+    of: int
+    count: int
+
+    def __str__(self) -> str:
+        return (
+            f"cosine {self.cosine:.5f} (worst {self.worst:.5f}), {self.kept:.1%} of the {self.of} nearest kept, over "
+            f"{self.count} vectors"
+        )
+
+
+def nearness(original: Tensor, changed: Tensor, of: int = 10) -> Nearness:
+    """Compare vectors of unit length ``[n, D]``, one row each."""
+    first, second = original.double(), changed.double()  # [n, D]
+    cosines = (first * second).sum(1)  # [n]
+    of = min(of, len(first) - 1)
+    kept = 1.0
+    if of > 0:
+        near = [(x @ x.T).fill_diagonal_(-2).topk(of, 1).indices for x in (first, second)]  # [n, of] each
+        kept = float((near[0].unsqueeze(2) == near[1].unsqueeze(1)).any(2).double().mean())
+    return Nearness(float(cosines.mean()), float(cosines.min()), kept, of, len(first))
+
+
+__all__ = ["Nearness", "Quality", "nearness", "quality"]

@@ -24,6 +24,8 @@ from chiasm.errors import CheckpointError, ConfigError, nearest
 from chiasm.nn.kernels import INT4, INT8, KINDS, PANEL, Matrix, Work, floats, library, linear
 
 LAYERS = r"(^|\.)lm\.layers\."
+STACKS = r"(^|\.)(blocks|layers|text|fusion)\.\d+\."
+"""The blocks of towers and of fused models, which have no language model."""
 GROUP = 64
 BITS = {"int8": 8, "int4": 4}
 FEWEST = 64
@@ -74,6 +76,10 @@ class Quantized(nn.Module):
             matrix = Matrix(self.packed.data_ptr(), self.scales.data_ptr(), floats(self.bias, keep), *size, 0)
             self._ready = matrix, keep
         return self._ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: no address of this one's memory."""
+        return {**self.__dict__, "_ready": None}
 
     def extra_repr(self) -> str:
         """Shown in the printed model."""
@@ -163,13 +169,14 @@ def quantize(model: nn.Module, how: str, names: str = LAYERS, keep: Sequence[str
     return found
 
 
-def quantize_lm(model: Any, how: str, names: str | None = None, keep: Sequence[str] = ()) -> list[str]:
-    """``quantize`` for a vision-language model: its language model's layers, and its head in 8 bits.
+def quantize_model(model: Any, how: str, names: str | None = None, keep: Sequence[str] = ()) -> list[str]:
+    """``quantize`` for a whole model: its language model's layers, and its head in 8 bits; where it has none, the
+    blocks of its towers.
 
     A tied head becomes a matrix of its own; the embedding that ids are looked up in stays.
     """
-    found = quantize(model, how, LAYERS if names is None else names, keep)
     lm: Any = getattr(model, "lm", None)
+    found = quantize(model, how, (STACKS if lm is None else LAYERS) if names is None else names, keep)
     if names is None and hasattr(lm, "lm_head") and not any(re.search(p, "lm.lm_head") for p in keep):
         weight = lm.embedding.weight if lm.lm_head is None else lm.lm_head.weight
         if type(lm.lm_head) in (nn.Linear, type(None)) and weight.shape[1] >= FEWEST:
@@ -185,4 +192,10 @@ def refuse_quantized(model: nn.Module) -> None:
         raise CheckpointError(f"{found} has quantized weights, which are for inference only: save the model before")
 
 
-__all__ = ["Quantized", "quantize", "quantize_lm", "refuse_quantized"]
+def how_quantized(model: nn.Module) -> str | None:
+    """``"int8"``, ``"int4"``, or None for a model without rounded weights; the narrowest of its layers counts."""
+    found = [module.bits for module in model.modules() if isinstance(module, Quantized)]
+    return f"int{min(found)}" if found else None
+
+
+__all__ = ["Quantized", "how_quantized", "quantize", "quantize_model", "refuse_quantized"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from chiasm.config import diff
 from chiasm.errors import ConfigError
+from chiasm.nn.quant import how_quantized
 from chiasm.processing import fingerprint
 
 
@@ -20,6 +21,7 @@ def mark(vlm: Any) -> dict[str, Any]:
     return {
         "dim": vlm.config.model.dim,
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "quantized": how_quantized(vlm.model),
         "network": vlm.config.model.dump(),
         "weights": weights_hash(vlm.model),
         "processing": vlm.processor.config.dump(),
@@ -46,6 +48,10 @@ def _difference(vlm: Any, stored: Mapping[str, Any], own: Mapping[str, Any]) -> 
             return f"{part}: {key} was {before!r}, is {now!r} now{more}"
     if stored["dtype"] != own["dtype"]:
         return f"its weights were {stored['dtype']}, these are {own['dtype']} (--dtype {stored['dtype']})"
+    if stored.get("quantized") != own["quantized"]:  # an index of before weights could be rounded says nothing
+        before, now = stored.get("quantized"), own["quantized"]
+        rest = f"with --quantize {before}" if before else "without --quantize"
+        return f"its weights were {before or 'not quantized'}, these are {now or 'not'} ({rest})"
     if stored["weights"] != own["weights"]:
         return f"weights: their hash was {stored['weights']}, is {own['weights']} now"
     return fingerprint.compare(vlm.processor, stored["fingerprint"])
