@@ -39,7 +39,7 @@ SMALLEST = {  # what makes each as short as it can be
     "infer": "--shape tiny --repeats 1 --bits int8 --output {results}/infer",
     "look": "--questions 4 --output {results}/look.json",
     "matching": "--samples 64 --held 32 --steps 2 --only ViLT --out {results}",
-    "methods": "--steps 2 --base-steps 2 2 --limit 9 --only lora-r=4 --runs {runs}/methods",
+    "methods": "--steps 2 --base-steps 2 --limit 9 --only lora-r=4 --runs {runs}/methods",
     "serve": "--size tiny --clients 1 --requests 1 --tokens 4 --folder {runs}/serve",
     "towers": "--pictures 4 --repeats 1 --folder 32 --vectors 500",
     "train": "--case parity-tiny-1 --repeats 1",
