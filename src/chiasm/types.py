@@ -186,6 +186,10 @@ class MediaItem:
     cond: Tensor | None = None  # [L] ids of the instruction, for connectors that read it
     ragged: bool = False  # sizes differ: in a batch zeros fill up to the largest, on the right and below
 
+    def __repr__(self) -> str:
+        held = "slots not known yet" if self.slots is None else f"{len(self.slots)} tokens"
+        return f"MediaItem({self.kind} of {shaped(self.inputs)}, {held})"
+
 
 @dataclass
 class Answers:
@@ -212,6 +216,7 @@ class Sample:
     masked: Tensor | None = None  # [T] bool: which are hidden
     answers: Answers | None = None  # for models that write them; all are this sample's
     lost: int = 0  # tokens of the text that were left out because it was too long
+    origin: Callable[[Any], str] | None = None  # shows it in a notebook
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -219,6 +224,9 @@ class Sample:
     def __repr__(self) -> str:
         media = "".join(f", {item.kind} of {shaped(item.inputs)}" for item in self.media)
         return f"Sample({self.id!r}, {len(self)} tokens, {int(self.loss_mask.sum())} of them targets{media})"
+
+    def _repr_html_(self) -> str | None:
+        return self.origin and self.origin(self)
 
 
 @dataclass
@@ -243,6 +251,9 @@ class MediaBatch:
     features: dict[str, Tokens] | None = None  # encoder → [all units, N, D]; given, no encoder runs
     cond: Condition | None = None  # one row per item
 
+    def __repr__(self) -> str:
+        return f"MediaBatch({len(self.layouts)} media in {shaped(self.inputs)}, {self.slots.numel()} tokens)"
+
 
 @dataclass
 class Batch:
@@ -263,11 +274,15 @@ class Batch:
     masked_ids: Tensor | None = None  # [B, T] long: input_ids with hidden words
     masked: Tensor | None = None  # [B, T] bool: which are hidden
     answers: Answers | None = None  # what people answered, for models that write answers
+    origin: Callable[[Any], str] | None = None  # shows it in a notebook
 
     def __repr__(self) -> str:
         media = "".join(f", {len(m.layouts)} x {kind} in {shaped(m.inputs)}" for kind, m in self.media.items())
         held, targets = int((self.segment_ids != 0).sum()), int(self.loss_mask.sum())
         return f"Batch({shaped(self.input_ids)} positions, {held} hold tokens, {targets} are targets{media})"
+
+    def _repr_html_(self) -> str | None:
+        return self.origin and self.origin(self)
 
     def to(self, device: Any, dtype: Any = None) -> Batch:
         """A copy on ``device``; floating media tensors also change to ``dtype``."""
@@ -303,6 +318,7 @@ class Batch:
             move(self.masked_ids),
             move(self.masked),
             None if self.answers is None else Answers(*(x.to(device) for x in vars(self.answers).values())),
+            self.origin,
         )
 
     def label_positions(self) -> Tensor:

@@ -23,7 +23,7 @@ STEPS: dict[str, int] = {
     "fusion": 3,
     **dict.fromkeys(("compose", "model_config"), 4),
     "presets": 5,
-    **dict.fromkeys(("infer", "checkpoints"), 6),
+    **dict.fromkeys(("infer", "checkpoints", "card", "conversation"), 6),
     "vlm": 7,
     "data": 8,
     "retrieve": 8,

@@ -19,7 +19,7 @@ from chiasm.fusion.base import Fusion
 from chiasm.lm.silent import Silent
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.lm.tokenizer_files import NAMES
-from chiasm.model_config import MethodRecord, VLMConfig
+from chiasm.model_config import FORMAT, MethodRecord, VLMConfig
 from chiasm.processing.fingerprint import REMEDY, compare, fingerprint
 from chiasm.processing.pair import reads_nothing
 from chiasm.processing.processor import Processor, TokenizerLike
@@ -31,6 +31,16 @@ SAME_NAMES: list[AnyRule] = [rename("{rest}", "{rest}")]
 def is_own(values: Any) -> bool:
     """Whether a ``config.json`` with these values is of this layout, of any version."""
     return isinstance(values, Mapping) and str(values.get("format", "")).startswith("chiasm/")
+
+
+def parsed(values: Mapping[str, Any], folder: Path) -> VLMConfig:
+    """The configuration of a folder. Raises CheckpointError for the layout of another version, ConfigError."""
+    if values["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has format {values['format']!r}, this version of chiasm reads {FORMAT!r}; "
+            "install the version of chiasm that wrote it, or save the model again with this one"
+        )
+    return VLMConfig.parse(values, where=str(folder / "config.json"))
 
 
 def is_adapter(folder: Path) -> bool:
@@ -84,7 +94,7 @@ def load(
     allow_pickle: bool = False,
 ) -> tuple[VLMConfig, Fusion, Processor | None]:
     """Configuration, filled network and processor. Raises FingerprintError where prompt or pixels changed."""
-    config = VLMConfig.parse(values, where=str(folder / "config.json"))
+    config = parsed(values, folder)
     stored, processor = _stored(folder), None
     if "probes" in stored or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         tokenizer = Silent() if reads_nothing(config.processing) else Tokenizer.from_folder(folder)

@@ -30,6 +30,8 @@ def checked(name: str | Path) -> Path:
     """``name`` where it may be a model's: a folder, or of the form of a hub name. Raises CheckpointError."""
     if not isinstance(name, str | os.PathLike):
         raise CheckpointError(f"a model is loaded by a folder or a hub name, got {type(name).__name__}")
+    if not str(name):
+        raise CheckpointError("a model is loaded by a folder or a hub name, got an empty text")
     path = Path(name)
     if path.is_dir():
         inner = path / "model"  # what a run's folder holds

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from chiasm.errors import CheckpointError
 
+WRITING = ".writing-"  # how the folder begins in which a save is prepared
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {
@@ -279,12 +280,16 @@ def replaced_folder(folder: str | Path, owned: Sequence[str] = ()) -> Iterator[P
 
     Files of an older checkpoint there (weights, their index, those called as in ``owned``) that the new one does not
     have are removed; all others stay. ``config.json`` goes last, so a folder that was cut off while its files moved has
-    none and is not mistaken for a checkpoint.
+    none and is not mistaken for a checkpoint. Raises CheckpointError where the folder cannot be made.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".writing-{secrets.token_hex(4)}"
-    aside.mkdir()
+    aside = folder / f"{WRITING}{secrets.token_hex(4)}"
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        held = next((p for p in (folder, *folder.parents) if p.is_file()), None)
+        why = f"{held} is a file" if held else error.strerror or str(error)
+        raise CheckpointError(f"no folder can be written at {folder}: {why}; name another") from None
     try:
         yield aside
         written = sorted(aside.iterdir(), key=lambda p: (p.name == "config.json", p.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,13 @@ class Example:
     source: str = ""
     task: str = ""
     answers: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        media = [medium.kind for message in self.messages for medium in message.media]
+        said = [f"{media.count(kind)} x {kind}" for kind in dict.fromkeys(media)]
+        said += [f"answers {reprlib.repr(list(self.answers))}"] if self.answers else []
+        opening = reprlib.repr(next((message.text for message in self.messages if message.role == "user"), ""))
+        return f"Example({', '.join([repr(self.id), f'{len(self.messages)} messages', opening, *said])})"
 
 
 def with_answer(example: Example) -> Example:

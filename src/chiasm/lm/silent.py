@@ -23,6 +23,9 @@ class Silent:
     def __len__(self) -> int:
         return 0
 
+    def __repr__(self) -> str:
+        return "no tokenizer"
+
     def encode_pieces(self, pieces: Sequence[Piece]) -> Encoding:
         """No tokens. Raises DataError for a text."""
         if any(piece.text for piece in pieces):

@@ -109,6 +109,9 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size:,} ids, {len(self.specials)} control tokens)"
+
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's Jinja chat template, where it has one."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from chiasm.convert.io import Weights, open_weights, read_json, refuse_program
+from chiasm.convert.io import WRITING, Weights, open_weights, read_json, refuse_program
 from chiasm.convert.rules import AnyRule
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.model_config import VLMConfig
@@ -28,6 +28,10 @@ def table_of(folder: Path) -> Any:
     for name in ("config.json", OPEN_CLIP):
         if (folder / name).is_file():
             return read_json(folder / name)
+    if any(folder.glob(WRITING + "*")):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is missing and {WRITING}... is there: a save was cut off; save it again"
+        )
     if any(folder.glob("*.safetensors")):
         return {TENSORS: tuple(open_weights(folder).info)}
     for archive in folder.glob("*.pt"):

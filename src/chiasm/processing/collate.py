@@ -76,6 +76,7 @@ def _batch(
     batch = Batch(ids, positions, segments, mask, media, names, target_ids, target_mask, sources, labelled)
     batch.scores, batch.answers = _scores(samples), joined(samples)
     batch.masked_ids, batch.masked = _masked(samples, places, ids)
+    batch.origin = samples[0].origin
     return batch
 
 

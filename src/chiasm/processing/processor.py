@@ -8,7 +8,7 @@ rendered.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from chiasm.processing.jinja import JinjaConfig, resolved
 from chiasm.processing.labels import tell
 from chiasm.processing.masking import Masker, Masking
 from chiasm.processing.messages import parse
+from chiasm.processing.shown import Shows, TokenRow, rows
 from chiasm.processing.template import Template
 from chiasm.processing.templates import template
 from chiasm.types import Batch, Box, Conversation, Encoding, MediaItem, Message, Piece, Sample, Text
@@ -71,17 +72,6 @@ class ProcessingConfig(Config):
     masking: Masking | None = None  # words hidden in training, for objectives that fill them
 
 
-@dataclass(frozen=True)
-class TokenRow:
-    """One token of a sample, for inspection."""
-
-    position: int
-    id: int
-    text: str
-    trained: bool
-    medium: str | None  # "image 1" where the token is a slot of a medium
-
-
 class Processor:
     """Renders conversations. ``counter(kind, layout)`` gives the tokens of a medium: ``model.config.count``."""
 
@@ -117,6 +107,10 @@ class Processor:
 
     def __reduce__(self) -> Any:
         return Processor, (self.config, self.tokenizer, self.counter)
+
+    def __repr__(self) -> str:
+        media = "".join(f", {kind} by {config.type}" for kind, config in self.config.media.items())
+        return f"Processor(template {self.config.template.type}{media}, {self.tokenizer!r})"
 
     # ------------------------------------------------------------------------------------------------ one sample
 
@@ -159,6 +153,7 @@ class Processor:
         tell(sample, self.config, self.tokenizer, parsed, answers)
         if hide and self._masker is not None:
             sample.masked_ids, sample.masked = self._masker(sample.input_ids)
+        sample.origin = Shows(self)
         return sample
 
     def batch(
@@ -245,18 +240,7 @@ class Processor:
 
     def table(self, sample: Sample) -> list[TokenRow]:
         """Every token of a sample with its text, whether it is learned, and the medium whose slot it is."""
-        owner: dict[int, str] = {}
-        seen: dict[str, int] = {}
-        for item in sample.media:
-            seen[item.kind] = seen.get(item.kind, 0) + 1
-            slots = item.slots.tolist() if item.slots is not None else []
-            owner.update(dict.fromkeys(slots, f"{item.kind} {seen[item.kind]}"))
-        rows = zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)
-        return [TokenRow(i, t, self._show(t), m, owner.get(i)) for i, (t, m) in enumerate(rows)]
-
-    def _show(self, index: int) -> str:
-        text = self.tokenizer.decode([index], skip_special=False)
-        return text if text and "\ufffd" not in text else self.tokenizer.token_of(index) or ""
+        return rows(self, sample)
 
     # ------------------------------------------------------------------------------------------------ steps
 

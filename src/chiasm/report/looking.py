@@ -17,6 +17,7 @@ from chiasm.nn.modes import evaluating
 from chiasm.processing.base import Place
 from chiasm.processing.messages import parse
 from chiasm.processing.open import open_picture
+from chiasm.processing.shown import pictures
 from chiasm.types import Batch, MediaItem, Tokens
 
 if TYPE_CHECKING:
@@ -100,13 +101,7 @@ def queries_of(vlm: VLM, messages: Sequence[Any], id: str = "", across: int = AC
 
 def unit_pictures(vlm: VLM, item: MediaItem) -> list[Image.Image]:
     """Each unit of a medium with three channels as a picture, the normalisation undone; none for other media."""
-    if len(item.layout.shape) != 3 or item.layout.shape[0] != 3:
-        return []
-    config: Any = vlm.processor.config.media[item.kind]
-    config = getattr(config, "image", config)
-    mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
-    pixels = ((item.inputs.float() * std + mean) * 255).round().clamp(0, 255).byte()  # [U, 3, S, S]
-    return [Image.fromarray(unit.permute(1, 2, 0).numpy()) for unit in pixels]
+    return pictures(vlm.processor.config.media[item.kind], item.layout, item.inputs)
 
 
 def sheet(picture: Image.Image, maps: Tensor, across: int = ACROSS) -> Image.Image:

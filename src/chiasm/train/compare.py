@@ -15,7 +15,6 @@ from chiasm.checkpoints import folder as own
 from chiasm.checkpoints.hub import local_folder
 from chiasm.config import diff
 from chiasm.convert.io import open_weights, read_json
-from chiasm.model_config import VLMConfig
 from chiasm.processing.fingerprint import fingerprint
 from chiasm.train.plan import part_of
 from chiasm.vlm import load
@@ -64,7 +63,7 @@ class Opened:
         self.vlm: Any = None
         values = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         if own.is_own(values):
-            self.config = VLMConfig.parse(values, where=str(path))
+            self.config = own.parsed(values, path)
             self.prompt = read_json(path / own.FINGERPRINT) if (path / own.FINGERPRINT).is_file() else {}
             self.weights = open_weights(path)
             self.names = set(self.weights.info)

@@ -73,7 +73,7 @@ def _of_folder(name: str) -> Processor:
     path = local_folder(name)
     values = read_json(path / "config.json")
     if own.is_own(values):
-        return _made(VLMConfig.parse(values, where=str(path / "config.json")), Tokenizer.from_folder(path))
+        return _made(own.parsed(values, path), Tokenizer.from_folder(path))
     found = reader_of(values, path).read(path, values, Options())
     return _made(found.config, Tokenizer.from_folder(found.tokenizer or path))
 
