@@ -196,8 +196,12 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     lines = []
+    places = [problem["loc"] for problem in error.errors()]
     for problem in error.errors():
         path = ".".join(str(p) for p in problem["loc"])
+        here = problem["loc"]
+        if problem["type"] == "too_short" and any(len(p) > len(here) and p[: len(here)] == here for p in places):
+            continue  # a list whose item is wrong has no item, says pydantic
         if problem["type"] == "extra_forbidden":
             owner = _owner(cls, problem["loc"][:-1])
             known = owner.model_fields if owner else cls.model_fields

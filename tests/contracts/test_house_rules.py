@@ -14,7 +14,7 @@ import chiasm
 ROOT = Path(chiasm.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-FILE, FUNCTION, FORWARD, ARGUMENTS = 400, 60, 40, 13
+FILE, FUNCTION, FORWARD, ARGUMENTS = 400, 60, 40, 12
 
 # "file", "file:function" or "file:Class" below chiasm/ → why it may be longer. Each entry must still be needed.
 ALLOWED: dict[str, str] = {}

@@ -16,6 +16,7 @@ from tiny_run import CHARACTERS, renderer, tokenizer_folder
 from chiasm.errors import ConfigError
 from chiasm.train import distributed
 from chiasm.train.distributed import ALONE
+from chiasm.train.loop import Around
 from chiasm.vlm import VLM, build
 
 QUIET = Console(file=io.StringIO())
@@ -59,7 +60,7 @@ def run(folder: Path, ranks: Any, resume: bool = False, stop_at: int = -1, kinds
     done = Kept(
         *(vlm.model, renderer(vlm, max_length=40), stage(**settings), samples(own, kinds), folder / "run"),
         console=QUIET,
-        ranks=ranks,
+        around=Around(ranks=ranks),
     )
     done.stop_at = stop_at
     try:

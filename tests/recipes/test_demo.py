@@ -16,13 +16,14 @@ from chiasm.data.shuffle import media_of
 from chiasm.data.sources.playground import QUESTION_TASKS, Playground
 from chiasm.data.sources.playground.scenes import SHAPES
 from chiasm.data.sources.playground.world import COLORS
-from chiasm.demo import HERE, WEIGHTS, demo_recipe, run
+from chiasm.demo import HERE, WEIGHTS, _demo, demo_recipe, run
 from chiasm.demo.prepare import make_tokenizer, ship
 from chiasm.errors import CheckpointError
 from chiasm.lm.tokenizer import Tokenizer
 from chiasm.model_config import VLMConfig
 from chiasm.train.model import built_config, open_model
 from chiasm.train.recipe import load_recipe
+from chiasm.train.run import Run
 from chiasm.types import Media
 
 RECIPES = Path(chiasm.__file__).parents[2] / "recipes"
@@ -185,6 +186,11 @@ def test_stages_train_what_they_say(joined, tmp_path):
     assert {n.split(".")[0] for n in before if n not in same} == {"connectors"}
     assert all(torch.equal(before[n], last[n]) for n in before if n.startswith("encoders."))
     assert all(not torch.equal(before[n], last[n]) for n in before if n.startswith(("lm.layers.", "connectors.")))
+    # A longer look after a short one is another recipe in the same folder, and may take its place.
+    with pytest.raises(CheckpointError, match="stage of another recipe: steps"):
+        Run(demo_recipe(tmp_path / "demo"), None, Console(quiet=True))
+    assert _demo(tmp_path / "demo") and Run(demo_recipe(tmp_path / "demo"), None, Console(quiet=True), force=True)
+    assert not _demo(tmp_path)
 
 
 def test_saved_pictures_are_the_held_out_ones(tmp_path):

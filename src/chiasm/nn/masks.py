@@ -89,15 +89,19 @@ def causal_mask(
 def runs(segments: Tensor) -> tuple[tuple[int, ...], ...]:
     """The lengths of the runs of equal segments in each row of ``[B, T]``; nothing where a segment is torn apart.
 
-    Padding is a run like any other: what it attends to nobody reads.
+    Padding in front is a run like any other, padding behind belongs to the run before it: what it attends to nobody
+    reads.
     """
     found = []
     for row in segments:
-        names, lengths = row.unique_consecutive(return_counts=True)
+        names, counts = row.unique_consecutive(return_counts=True)
+        lengths = counts.tolist()
+        if len(lengths) > 1 and int(names[-1]) == 0:
+            lengths[-2:] = [sum(lengths[-2:])]
         names = names[names != 0]
         if len(names.unique()) != len(names):
             return ()
-        found.append(tuple(lengths.tolist()))
+        found.append(tuple(lengths))
     return tuple(found)
 
 

@@ -57,6 +57,7 @@ class Best:
         """
         if not math.isfinite(loss) or (self.known is not None and loss >= self.known["loss"]):
             return {}
+        ranks.reshard()  # else frozen weights would be those gathered for the held-out loss, in what it computes with
         tensors = {name: whole(tensor) for name, tensor in masters.tensors().items()}  # all ranks meet here
         self.known = {"step": step, "loss": loss}
         if ranks.first:
@@ -73,10 +74,14 @@ class Best:
     def _write(self, tensors: Mapping[str, Tensor], step: int) -> None:
         aside = self.folder.with_name(f".{self.folder.name}.new.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
-        self.save(aside, tensors, step)
-        write_json(aside / NAME, self.known)
-        for file in aside.iterdir():
-            flush(file)
+        try:
+            self.save(aside, tensors, step)
+            write_json(aside / NAME, self.known)
+            for file in aside.iterdir():
+                flush(file)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         if self.folder.is_dir():
             os.replace(self.folder, self.old)
         os.replace(aside, self.folder)

@@ -41,10 +41,27 @@ def save(
 ) -> None:
     """Write ``folder/step-…``, then remove all but the newest ``keep`` and the best. Called by all ranks at once.
 
-    The best has the lowest ``state["held_out"]``, the held-out loss at its step, among those that have one.
+    The best has the lowest ``state["held_out"]``, the held-out loss at its step, among those that have one. A write
+    that fails leaves what was there before.
     """
     final = folder / f"step-{step:06d}"
     aside = folder / f".{final.name}.{ranks.gather(os.getpid(), 'the checkpoint')[0]}"
+    try:
+        _save(final, aside, masters, optimizer, {"step": step, **state}, keep, ranks)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _save(
+    final: Path,
+    aside: Path,
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    ranks: Alone,
+) -> None:
     if ranks.first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -61,7 +78,7 @@ def save(
         if ranks.count > 1:
             each = {f"{rank}/{key}": value for rank, found in enumerate(generators) for key, value in found.items()}
             save_file(each, aside / "generators.safetensors")
-        _publish(folder, final, aside, {"step": step, **state}, keep)
+        _publish(final.parent, final, aside, state, keep)
     ranks.wait("the finished checkpoint")
 
 

@@ -84,6 +84,9 @@ class Alone:
         """The ordinary model again, with what was learned."""
         return model
 
+    def reshard(self) -> None:
+        """Let go of weights that were gathered to be computed with, so that parameters are this rank's pieces again."""
+
     def input_dtype(self, model: Any) -> torch.dtype:
         """The type in which pictures are handed to the model."""
         return model.dtype  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from chiasm.train.plan import Plan
 from chiasm.train.usage import told
 
 FILE_WIDTH = 120  # columns of what is written to a file or a pipe
+WIDE = 110  # columns from which a progress bar has room for all there is to say
 
 
 def terminal(quiet: bool = False) -> Console:
@@ -80,12 +81,13 @@ class Bars:
     def __init__(self, console: Console, stage: str, total: int, done: int = 0):
         self.console, self.stage, self.total = console, stage, total
         self.every, self.printed = max(1, total // 10), done
+        self.narrow = console.is_terminal and console.width < WIDE
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=8 if self.narrow else 20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
+            *(() if self.narrow else (TimeElapsedColumn(),)),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -105,8 +107,9 @@ class Bars:
 
     def update(self, step: int, record: dict[str, Any]) -> None:
         """Show loss, rate and speed after ``step`` steps."""
-        note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['samples_per_s']:.0f} samples/s"
-        note += "  " + told(record)
+        loss, speed = f"loss {record['loss']:.3f}", f"{record['samples_per_s']:.0f} samples/s"
+        whole = f"{loss}  lr {record['lr']:.1e}  {speed}  {told(record)}"
+        note = f"{loss}  {speed}" if self.narrow else whole
         self.progress.update(self.task, note=note)
         if not self.console.is_terminal and (step - self.printed >= self.every or step == self.total):
             self.printed = step

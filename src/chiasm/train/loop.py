@@ -22,12 +22,12 @@ from rich.console import Console
 from torch import Tensor
 
 from chiasm.data.features import FeatureCache
-from chiasm.data.loader import BatchPlan, Renderer, Spec, load
+from chiasm.data.loader import BatchPlan, Renderer, Spec, died, load
 from chiasm.data.mixture import Mixture
 from chiasm.data.quarantine import BadSamples, Skips
 from chiasm.data.randomness import forked
 from chiasm.errors import CheckpointError, ChiasmError, ConfigError, DataError
-from chiasm.train import checkpoint, optim, speed, together
+from chiasm.train import checkpoint, optim, speed, together, widths
 from chiasm.train.best import Best
 from chiasm.train.distributed import ALONE, Alone
 from chiasm.train.heap import Heap, few_kernels
@@ -88,12 +88,27 @@ class Tally:
         return {"loss": float(self.total / max(1.0, self.weight))} | (sources if len(sources) > 1 else {}) | others
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a stage is given by the run that it belongs to.
+
+    ``random`` names the parts that were drawn at random and never trained; ``sinks`` opens where the log goes beside
+    its file; ``best`` keeps the model of the lowest held-out loss.
+    """
+
+    seed: int = 0
+    bad: BadSamples = field(default_factory=BadSamples)
+    random: Collection[str] = ()
+    sinks: OpenSinks = lambda start: ()
+    ranks: Alone = ALONE
+    best: Best | None = None
+
+
 class StageRun:
     """Trains a model by one stage's configuration. ``fit`` returns the log; the model is changed in place.
 
-    ``probe`` gives the held-out records (a dict of numbers) at every ``eval_every`` steps, ``best`` keeps the model of
-    the lowest held-out loss among them. Raises DataError, ConfigError and CheckpointError before the first step,
-    NotFinite at the first loss or gradient that is no number.
+    ``probe`` gives the held-out records (a dict of numbers) at every ``eval_every`` steps. Raises DataError,
+    ConfigError and CheckpointError before the first step, NotFinite at the first loss or gradient that is no number.
     """
 
     def __init__(
@@ -105,22 +120,17 @@ class StageRun:
         out: Path,
         probe: Callable[[], dict[str, float]] | None = None,
         console: Console | None = None,
-        seed: int = 0,
-        bad: BadSamples | None = None,
-        random: Collection[str] = (),
-        sinks: OpenSinks = lambda start: (),
-        ranks: Alone = ALONE,
-        best: Best | None = None,
+        around: Around = Around(),
     ):
-        self.best = best if stage.eval_every and stage.keep_best else None
         self.model, self.renderer, self.stage, self.out, self.probe = model, renderer, stage, out, probe
-        self.console, self.ranks = console or Console(), ranks
-        self.seed, self.bad, self.random, self.sinks = seed, bad or BadSamples(), random, sinks
+        self.console, self.around = console or Console(), around
+        self.seed, self.ranks = around.seed, around.ranks
+        self.best = around.best if stage.eval_every and stage.keep_best else None
         self.objective: Objective = objective(stage.objective, renderer.processor)
         self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
         self.steps = stage.total_steps(self.batches.steps_per_epoch)
         self.plan: Plan = resolve(model, stage.table(), stage.lr)
-        self.low = torch.bfloat16 if stage.dtype == "bf16" and not ranks.sharded else None  # pieces are masters
+        self.low = torch.bfloat16 if stage.dtype == "bf16" and not self.ranks.sharded else None  # pieces are masters
         # What the objective keeps within bounds after each step (a contrastive scale).
         self.bounds = self.objective.bounds(model) if isinstance(self.objective, StepObjective) else {}
         self.log, self.usage, self.waits, self.heap = Log(), Usage(), Waits(), Heap()
@@ -140,7 +150,8 @@ class StageRun:
         self.optimizer = optim.optimizer(
             self.masters, self.plan, self.stage.optimizer, self.stage.weight_decay, self.stage.betas, self.stage.eps
         )
-        self.agree = {"stage": _identity(self.stage), "steps": self.steps, "seed": self.seed, "frozen": mark}
+        self.agree = {"stage": self.stage.identity(), "steps": self.steps, "seed": self.seed, "frozen": mark}
+        self.fills = self.stage.pack and widths.fills(self.model, self.low is not None)
         print_plan(self.console, self.stage.name, self.plan)
         folder = self.stage.feature_cache
         if folder and self.ranks.sharded:
@@ -150,13 +161,17 @@ class StageRun:
             speed.prepare(self.model, self.stage)
             # Dropout may draw from the global generators, on each rank another; the caller's are left as they were.
             with forked(*self.ranks.seeds(self.seed)):
-                self.watch = Watch(self, resume, self.random)
+                self.watch = Watch(self, resume, self.around.random)
                 start = self._restore() if resume else self._fresh()
                 if self.best:
                     self.best.begin(resume, self.ranks.first)
                 if self.ranks.first:
-                    self.log = Log(JsonLog(self.out / "log.jsonl", start if resume else None), *self.sinks(start))
+                    self.log = Log(
+                        JsonLog(self.out / "log.jsonl", start if resume else None), *self.around.sinks(start)
+                    )
                 self._run(start)
+        except RuntimeError as error:
+            raise died(error, self.stage.workers) or error from None
         finally:
             self.log.close()
             self.masters.restore()
@@ -167,7 +182,7 @@ class StageRun:
             self.probe.use(self.model)  # type: ignore[attr-defined]
 
     def _run(self, start: int) -> None:
-        most = self.bad.most(len(self.batches.mixture))
+        most = self.around.bad.most(len(self.batches.mixture))
         name = "skipped.jsonl" if self.ranks.first else f".skipped.{self.ranks.rank}.jsonl"
         skips = Skips(self.out / name, most, start if start else None)
         renderer = self.features.renderer(self.renderer) if self.features else self.renderer
@@ -213,7 +228,7 @@ class StageRun:
         """Gradients of one micro-batch's loss sum, added to those that are there. Raises NotFinite."""
         if any(batch.ids):
             self.watch.batch(batch, spec)
-        batch = self._placed(batch)
+        batch = self.moved(batch)
         loss = self.objective(self.model, batch)
         total = loss.total.detach()
         if total.device.type == "cpu" and not math.isfinite(float(total)):  # accelerators are asked once a step
@@ -232,7 +247,7 @@ class StageRun:
         for spec, batch in batches:
             if any(batch.ids):
                 self.watch.batch(batch, spec)
-        placed = [lambda batch=batch: self._placed(batch) for _, batch in batches]  # type: ignore[misc]
+        placed = [lambda batch=batch: self.moved(batch) for _, batch in batches]  # type: ignore[misc]
         several = specs[0].parts > 1  # the same on all ranks
         loss = together.backward(self.objective, self.model, placed, several, self.ranks, self.masters.collect)
         tally = Tally(**together.counted(loss, [batch for _, batch in batches]))
@@ -241,9 +256,10 @@ class StageRun:
             raise NotFinite(self._not_finite(specs[0].step, why, tally.ids, batches[0][1] if batches else None))
         return tally
 
-    def _placed(self, batch: Batch) -> Batch:
-        """The batch where the model is, with stored features where they are kept."""
+    def moved(self, batch: Batch) -> Batch:
+        """The batch where the model is, with stored features where they are kept, in one of few widths."""
         batch = batch.to(self.model.device, dtype=self.ranks.input_dtype(self.model))
+        batch = widths.filled(batch) if self.fills else batch
         return self.features.fill(batch) if self.features else batch
 
     def update(self, step: int, tally: Tally) -> tuple[float, float]:
@@ -316,18 +332,17 @@ class StageRun:
         return checkpoint.restore(found[-1], self.masters, self.optimizer, self.agree, self.ranks)
 
     def _not_finite(self, step: int, what: str, ids: list[str], batch: Batch | None = None) -> str:
-        why = "the first bad module is sought by one rank alone" if self.ranks.sharded else self.watch.why(step, batch)
+        alone = ""
+        if self.ranks.sharded:
+            why = "the first bad module is sought by one rank alone"
+        else:
+            why = self.watch.why(step, batch)
+            if not isinstance(self.objective, StepObjective) and (found := self.watch.culprits(step, ids)):
+                alone = f", of which {_some(found)} alone would do it"
         return (
-            f"stage {self.stage.name!r}, step {step + 1}: {what}; samples: {_some(ids)}; {why}. "
+            f"stage {self.stage.name!r}, step {step + 1}: {what}; samples: {_some(ids)}{alone}; {why}. "
             "Look at these samples, lower the learning rate, or use float32"
         )
-
-
-def _identity(stage: Stage) -> str:
-    """What two runs must share so that one may go on with the other's checkpoint."""
-    free = {"workers", "recompute", "compile", "feature_cache", "log_every", "eval_every", "save_every", "keep_last"}
-    free |= {"check_samples", "proof", "keep_best"}
-    return stage.model_copy(update={name: Stage.model_fields[name].default for name in free}).hash()
 
 
 def _some(ids: list[str], most: int = 8) -> str:

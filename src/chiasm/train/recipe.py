@@ -35,6 +35,17 @@ class ModelSpec(Config):
     labels: str | None = None  # a JSON list of texts for processing.labels: the answers, in the order of the classes
 
 
+FREE = (
+    *("workers", "recompute", "compile", "feature_cache", "log_every", "eval_every", "save_every", "keep_last"),
+    *("check_samples", "proof", "keep_best"),
+)
+"""Settings of a stage that change no weight."""
+
+
+TAKEN = ("model", "pictures", "recipe.yaml", "report.html", "results.json", "answers.jsonl", "live.html")
+"""What a run writes into its folder beside its stages."""
+
+
 class Stage(Config):
     """One stage: what is trained, on what, for how long. ``plan`` is a preset's name or a table pattern → action."""
 
@@ -72,6 +83,17 @@ class Stage(Config):
     proof: Literal["stop", "tell"] = "stop"  # what a failed proof does: end the run, or say so and go on
     check_samples: int = Field(default=1000, ge=0)  # samples opened and rendered before the first step
 
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, name: str) -> str:
+        """A stage's name is that of its folder in ``out``, where the run's own files lie too."""
+        if not name or name.startswith(".") or name in TAKEN or any(c in name for c in '/\\:*?"<>|\0\n'):
+            raise ValueError(
+                f"a stage's name is that of its folder: it cannot be {name!r}, begin with a dot, or hold any of "
+                f"/ \\ : * ? \" < > |, and {', '.join(TAKEN)} are the run's own"
+            )
+        return name
+
     @field_validator("plan")
     @classmethod
     def _plan(cls, value: Any) -> Any:
@@ -87,6 +109,10 @@ class Stage(Config):
     def table(self) -> dict[str, Action]:
         """The plan as pattern → action."""
         return dict(PLANS[self.plan]) if isinstance(self.plan, str) else dict(self.plan)
+
+    def identity(self) -> str:
+        """A hash of what two runs must share so that one may go on with the other's checkpoint."""
+        return self.model_copy(update={name: Stage.model_fields[name].default for name in FREE}).hash()
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the stage. Raises ConfigError unless exactly one of steps and epochs is given."""

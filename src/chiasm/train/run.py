@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,12 +23,14 @@ from chiasm.errors import DataError
 from chiasm.eval.pairs import check_pairs, compares
 from chiasm.eval.runner import question
 from chiasm.eval.write import evaluate_recipe, write_run_report
+from chiasm.train import disk
 from chiasm.train.best import Best
 from chiasm.train.distributed import ALONE, Alone, started
+from chiasm.train.earlier import DONE, Earlier
 from chiasm.train.kept import check_saved, through_merge
 from chiasm.train.live import LivePage
 from chiasm.train.log import terminal
-from chiasm.train.loop import StageRun
+from chiasm.train.loop import Around, StageRun
 from chiasm.train.methods.settle import settle
 from chiasm.train.methods.table import skeleton
 from chiasm.train.model import best_device, open_model, random_parts, trained_parts
@@ -40,26 +43,29 @@ from chiasm.train.sinks import Sink, open_sinks
 from chiasm.train.ways import staged
 
 
-def train(recipe: Recipe, vlm: Any = None, resume: bool = False, console: Console | None = None) -> Any:
+def train(
+    recipe: Recipe, vlm: Any = None, resume: bool = False, console: Console | None = None, force: bool = False
+) -> Any:
     """Run a recipe's stages and its evaluation; returns the trained VLM, in eval mode.
 
     ``vlm`` is trained instead of the model that the recipe names. ``resume`` goes on from the newest checkpoint in
-    ``recipe.out``: finished stages are loaded, not run again. Raises ConfigError, DataError and CheckpointError before
-    the first step, NotFinite at the first loss that is no number.
+    ``recipe.out``: finished stages are loaded, not run again. ``force`` removes what another recipe left there. Raises
+    ConfigError, DataError and CheckpointError before the first step, NotFinite at the first loss that is no number.
 
     Under ``torchrun`` all processes call this alike; rank 0 tells and writes.
     """
     with started(best_device(recipe.device), recipe.parallel, recipe.patience) as ranks:
-        return _train(recipe, vlm, resume, console or terminal(quiet=not ranks.first), ranks)
+        run = Run(recipe, vlm, console or terminal(quiet=not ranks.first), ranks, resume, force)
+        return _train(run, resume)
 
 
-def _train(recipe: Recipe, vlm: Any, resume: bool, console: Console, ranks: Alone) -> Any:
-    run = Run(recipe, vlm, console, ranks)
+def _train(run: Run, resume: bool) -> Any:
     try:
-        run.prepare()
-        for stage in recipe.stages:
-            run.stage(stage, resume)
-        run.evaluate()
+        with disk.telling(run.out, [stage.name for stage in run.recipe.stages]):
+            run.prepare()
+            for stage in run.recipe.stages:
+                run.stage(stage, resume)
+            run.evaluate()
     except BaseException as error:
         run.show("stopped", str(error) or type(error).__name__)
         raise
@@ -68,13 +74,25 @@ def _train(recipe: Recipe, vlm: Any, resume: bool, console: Console, ranks: Alon
 
 
 class Run:
-    """The state of a run: its model, its data and where results go."""
+    """The state of a run: its model, its data and where results go.
 
-    def __init__(self, recipe: Recipe, vlm: Any, console: Console, ranks: Alone = ALONE):
+    ``resume``, ``force``: what is done with an earlier run in the same folder. Raises what ``train`` raises.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        vlm: Any,
+        console: Console,
+        ranks: Alone = ALONE,
+        resume: bool = False,
+        force: bool = False,
+    ):
         self.recipe, self.console, self.ranks = recipe, console, ranks
         self.device = best_device(recipe.device)
         self.home = "cpu" if ranks.sharded else self.device  # where the model is while it is not trained
         self.out = Path(recipe.out)
+        disk.check(self.out, [stage.name for stage in recipe.stages])
         self.page: LivePage | None = None
         recipe.log.check()
         for stage in recipe.stages:
@@ -84,6 +102,8 @@ class Run:
         self.held_out = Mixture(recipe.held_out, recipe.seed, out and out.held_out()) if recipe.held_out else None
         for entry in recipe.held_out.values():
             registry.get("metric", entry.metric)
+        self.earlier, self.force, self.given = Earlier(recipe, self.mixture), force, vlm is not None
+        self.earlier.check(resume, force)
         self.vlm = vlm if vlm is not None else open_model(recipe.model, recipe.seed, self._opened_on())
         self.random = random_parts(recipe.model, self.vlm.model) if vlm is None else set()
         self.base = recipe.model.folder  # where the weights that a stage begins with are saved, if they are
@@ -91,9 +111,11 @@ class Run:
     def prepare(self) -> None:
         """Every stage's plan and steps, and the samples of every stage's sources, looked at before the first step."""
         steps: list[int] = []
-        shapes = skeleton(self.vlm.model)
+        shapes, largest = skeleton(self.vlm.model), 0
         for stage in self.recipe.stages:
-            resolve(shapes, stage.table(), stage.lr)
+            plan = resolve(shapes, stage.table(), stage.lr)
+            whole = sum(row.parameters for row in plan.rows if "4 bits" not in row.action)
+            largest = max(largest, 4 * whole, 12 * plan.trainable if stage.save_every else 0)
             settled(shapes, stage.table())
             mixture = self.mixture.only(stage.data)
             steps.append(stage.total_steps(BatchPlan(mixture, stage.batch_size, stage.accumulate).steps_per_epoch))
@@ -108,11 +130,15 @@ class Run:
                 for example in examples:
                     question(example)
             check(self.held_out, Renderer(self.vlm.processor), self.recipe.eval.loss_samples)
+        disk.room(self.out, largest, "a checkpoint of the largest stage, or its model,")
+        self.ranks.wait("the beginning of the run")  # all have looked at what an earlier run left
         if self.ranks.first:
             self._begin(steps)
 
     def _begin(self, steps: list[int]) -> None:
         """The run's folder, its recipe, and its live page where that is asked for."""
+        if self.force:
+            self.earlier.remove()
         self.out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True)
         (self.out / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -128,10 +154,13 @@ class Run:
     def stage(self, stage: Stage, resume: bool) -> None:
         """Run a stage, or load its result where it was finished before."""
         folder = self.out / stage.name
-        done = folder / "done.json"
+        done = folder / DONE
+        first = stage is self.recipe.stages[0] and not self.given
         if resume and done.is_file():
             from chiasm.vlm import load
 
+            if first:
+                self.earlier.began_with(stage, self.vlm.model)
             self.base = json.loads(done.read_text())["model"]
             if self.ranks.first:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have come between the two
@@ -141,7 +170,8 @@ class Run:
             return
         self.ranks.wait(f"the beginning of stage {stage.name}")
         if self.ranks.first:
-            done.unlink(missing_ok=True)
+            self.earlier.unfinish(stage)
+            self.earlier.begin(stage, self.vlm.model if first else None)
         renderer = self._renderer(stage)
         if quantises(stage.table()):
             put(self.vlm.model, stage.table(), self.recipe.seed)
@@ -150,12 +180,12 @@ class Run:
             *(self.vlm.model, renderer, stage, self.mixture, folder),
             probe=self._probe(renderer, stage),
             console=self.console,
-            seed=self.recipe.seed,
-            bad=self.recipe.bad,
-            random=self.random,
-            sinks=lambda start: self._sinks(stage, folder, start),
-            ranks=self.ranks,
-            best=Best(folder / "best", lambda path, tensors, step: self._keep(stage, path, tensors, step)),
+            around=Around(
+                *(self.recipe.seed, self.recipe.bad, self.random),
+                sinks=lambda start: self._sinks(stage, folder, start),
+                ranks=self.ranks,
+                best=Best(folder / "best", lambda path, tensors, step: self._keep(stage, path, tensors, step)),
+            ),
         )
         run.fit(resume)
         self.random -= trained_parts(run.plan)
@@ -189,7 +219,7 @@ class Run:
         check_saved(self.vlm.model, model)
         (folder / "plan.json").write_text(json.dumps([vars(row) for row in run.plan.rows], indent=1))
         best = {"best": run.best.known} if run.best and run.best.known else {}
-        write_json(folder / "done.json", {"model": str(model), "steps": run.steps, **best})
+        write_json(folder / DONE, {"model": str(model), "steps": run.steps, **best})
         shutil.rmtree(
             folder / "checkpoints", ignore_errors=True
         )  # the stage can no longer be resumed, only its model used
@@ -198,7 +228,8 @@ class Run:
     def show(self, state: str, why: str = "") -> None:
         """Write the live page, where there is one."""
         if self.page is not None:
-            self.page.show(state, why)
+            with contextlib.suppress(OSError):  # a page is no reason to stop, nor to hide why the run did
+                self.page.show(state, why)
 
     def _sinks(self, stage: Stage, folder: Path, start: int) -> list[Sink]:
         found = open_sinks(self.recipe.log, self.recipe.name, stage.name, folder, stage.dump(), start)
@@ -235,6 +266,9 @@ class Run:
 
 def _told(stage: Stage, found: Checked) -> str:
     usable = f"{found.bad} of them will be skipped" if found.bad else "all can be used"
+    if found.cut:
+        limit = f"max_length {stage.max_length}" if stage.max_length is not None else "the model's max_length"
+        usable += f", {found.cut} without their ends, which are beyond {limit} by up to {found.lost} tokens"
     return (
         f"Stage {stage.name}: {found.samples} of {found.of} samples looked at, {usable}; "
         f"{found.mean_length:.0f} tokens each, {found.mean_targets:.0f} of them learned; "

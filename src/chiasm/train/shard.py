@@ -98,7 +98,7 @@ class Shards(Ranks):
         return model
 
     def reshard(self) -> None:
-        """Let go of gathered weights, which the optimizer would leave behind."""
+        """Let go of gathered weights, which the optimizer would leave behind and which may be in bfloat16."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

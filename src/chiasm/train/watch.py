@@ -6,11 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from chiasm.data.base import Example
 from chiasm.data.loader import Spec, load
+from chiasm.data.randomness import placed
 from chiasm.errors import ChiasmError, DataError
 from chiasm.train import proof
 from chiasm.train.faults import first_bad
@@ -92,6 +94,26 @@ class Watch:
         except (ChiasmError, RuntimeError) as error:
             return f"the first bad module was not found: {error}"
 
+    @torch.no_grad()
+    def culprits(self, step: int, ids: Collection[str]) -> list[str]:
+        """Which of the samples ``ids`` of step ``step`` (from 0) give, each alone, a loss that is no number; none where
+        all of them do.
+        """
+        run, found = self.run, []
+        for spec in run.batches.specs(step, step + 1) if len(ids) > 1 else ():
+            for place, ref in enumerate(spec.refs, spec.first):
+                try:
+                    with placed(run.batches.mixture.seed, "sample", step, place):
+                        example = run.batches.mixture[ref]
+                        if example.id not in ids:
+                            continue
+                        loss = run.objective(run.model, run.moved(run.renderer.batch([example])))
+                except (ChiasmError, RuntimeError):
+                    continue  # what fails otherwise says nothing about numbers
+                if not torch.isfinite(loss.total.detach()):
+                    found.append(example.id)
+        return found if len(found) < len(ids) else []
+
     # ---------------------------------------------------------------------------------------------------- parts
 
     def _write(self, report: Report) -> None:
@@ -144,17 +166,20 @@ def print_proof(console: Console, stage: str, report: Report) -> None:
     console.print(f"[bold]Proof of stage {stage}:[/] [{style}]{report.verdict}[/] after step {report.step}")
     table = Table(header_style="bold", box=None)
     for name in ("part", "plan"):
-        table.add_column(name)
-    for name in ("tensors", "had a gradient", "changed", "never run", "cancel out"):
-        table.add_column(name, justify="right")
-    table.add_column("first gradients, weakest … strongest")
+        table.add_column(name, no_wrap=True)
+    for name in ("tensors", "gradient", "changed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("first gradients", no_wrap=True)  # the norms of the weakest and of the strongest
     for p in report.parts:
         gradients = f"{p.smallest:.1e} … {p.largest:.1e}" if p.smallest is not None else ""
         cells = [str(p.tensors), str(p.gradients) if p.plan == "train" else "", str(p.changed)]
-        cells += [str(p.unused or ""), str(p.without_effect or "")]
         shade = ("" if p.plan == "train" else "dim") if p.holds else "red"
         table.add_row(p.part, p.plan, *cells, gradients, style=shade)
     console.print(table)
+    for what, count in (("never run", "unused"), ("cancel out", "without_effect")):
+        excused = ", ".join(f"{getattr(p, count)} of {p.part}" for p in report.parts if getattr(p, count))
+        if excused:
+            console.print(f"  trained tensors that by design {what}: {excused}", highlight=False)
     if report.open:
         name, why = next(iter(report.open.items()))
         console.print(f"  nothing is known of {len(report.open)} tensors, the first is {name}: {why}", highlight=False)

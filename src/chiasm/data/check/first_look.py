@@ -24,6 +24,8 @@ class Checked:
     mean_length: float
     mean_targets: float
     bad: int = 0  # samples that cannot be used, which the run will skip
+    cut: int = 0  # samples longer than max_length, whose ends are not seen
+    lost: int = 0  # tokens that the longest of these loses
 
 
 def check(
@@ -41,7 +43,7 @@ def check(
     """
     refs = _spread(mixture, limit)
     problems = _records(mixture, set(refs)) if limit else []
-    longest, longest_id, total, targets = 0, "", 0, 0
+    longest, longest_id, total, targets, lost = 0, "", 0, 0, []
     for done, ref in enumerate(refs):
         try:
             sample = renderer.sample(mixture[ref])
@@ -52,11 +54,14 @@ def check(
         targets += int(sample.loss_mask.sum()) if sample.target_ids is None else len(sample.target_ids)
         if len(sample) > longest:
             longest, longest_id = len(sample), sample.id
+        if sample.lost:
+            lost.append(sample.lost)
         if advance and done % 16 == 0:
             advance(done, len(refs))
     n = max(1, len(refs) - len(problems))
     if len(problems) <= (bad.most(len(mixture)) if bad else 0):
-        return Checked(len(refs), _distinct(mixture), longest, longest_id, total / n, targets / n, len(problems))
+        ends = (len(problems), len(lost), max(lost, default=0))
+        return Checked(len(refs), _distinct(mixture), longest, longest_id, total / n, targets / n, *ends)
     if len(problems) == 1:
         raise DataError(problems[0])
     more = f"\n  … and {len(problems) - MOST} more" if len(problems) > MOST else ""

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from chiasm.train.widths import few
 
 Head = Callable[[Tensor], Tensor]
 
@@ -48,7 +51,7 @@ class _Chunked(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(parameters)
         losses, slopes = [], []
         for start in range(0, len(states), rows):
-            part = states[start : start + rows].detach().requires_grad_(states.requires_grad)
+            part = _filled(states[start : start + rows].detach()).requires_grad_(states.requires_grad)
             with torch.enable_grad():
                 logits = head(part)  # [r, V]
             loss, slope = _losses(logits.detach(), targets[start : start + rows], slope=True)
@@ -57,7 +60,7 @@ class _Chunked(torch.autograd.Function):
             found = list(torch.autograd.grad(logits, wanted, slope, allow_unused=True))
             del logits, slope
             if states.requires_grad:
-                slopes.append(found.pop(0))
+                slopes.append(found.pop(0)[: len(loss)])
             sums = [_add(total, g, alone=len(states) <= rows) for total, g in zip(sums, found, strict=True)]
         ctx.slopes = torch.cat(slopes) if slopes else None  # [n, D]
         ctx.sums = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
@@ -73,16 +76,28 @@ class _Chunked(torch.autograd.Function):
 
 
 def _losses(logits: Tensor, targets: Tensor, slope: bool = False) -> tuple[Tensor, Tensor | None]:
-    """``logits [r, V]``, ``targets [r]`` → losses ``[r]`` and, where asked, their slopes ``[r, V]`` in logits' type."""
+    """``logits [r, V]``, ``targets [t]`` → losses ``[t]`` and, where asked, their slopes ``[r, V]`` in logits' type.
+
+    Rows behind the targets are filling: they have slopes of 0.
+    """
+    real = len(targets)
     wide = logits.float()  # [r, V]
     total = wide.logsumexp(-1)  # [r]
-    losses = total - wide.gather(1, targets.unsqueeze(1)).squeeze(1)
+    losses = total[:real] - wide[:real].gather(1, targets.unsqueeze(1)).squeeze(1)
     if not slope:
         return losses, None
     wide = wide if wide is not logits else wide.clone()
     wide.sub_(total.unsqueeze(1)).exp_()
-    wide[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+    wide[torch.arange(real, device=targets.device), targets] -= 1.0
+    wide[real:] = 0.0
     return losses, wide.to(logits.dtype)
+
+
+def _filled(states: Tensor) -> Tensor:
+    """``[r, D]`` with rows of 0 behind, up to one of few numbers of rows, where each makes kernels: see ``widths``."""
+    makes = states.device.type == "cpu" and states.dtype == torch.bfloat16
+    missing = few(len(states)) - len(states) if makes else 0
+    return F.pad(states, (0, 0, 0, missing)) if missing else states
 
 
 def _add(total: Tensor | None, gradient: Tensor | None, alone: bool) -> Tensor | None:
