@@ -182,7 +182,7 @@ def test_folders_that_are_none(tmp_path: Path, saved: Path):
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         chiasm.load(tmp_path)
     (tmp_path / "config.json").write_text('{"format": "chiasm/99"}')
-    with pytest.raises(ConfigError, match="format 'chiasm/99', this version of chiasm reads 'chiasm/1'"):
+    with pytest.raises(CheckpointError, match="format 'chiasm/99', this version of chiasm reads 'chiasm/1'"):
         chiasm.load(tmp_path)
 
 

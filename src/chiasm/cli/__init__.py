@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from importlib import import_module
 
 import click
@@ -63,11 +65,20 @@ class Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
-        """Turns the package's errors, and a file that cannot be read or written, into one line and exit status 1."""
+        """Turns the package's errors, and a file that cannot be read or written, into one line and exit status 1.
+
+        Ctrl-C is one line and status 130, as shells expect. A sign that the terminal cannot write becomes "?".
+        """
         from chiasm.errors import ChiasmError
 
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
+            raise SystemExit(130) from None
         except ChiasmError as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:
