@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tool_kit import HERMES, SEEN, TEMPLATES, TIME, TOOLS, TURNS, WEATHER, model, tokenizer
+from tool_kit import HERMES, OTHERS, SEEN, TEMPLATES, TIME, TOOLS, TURNS, WEATHER, model, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from chiasm.errors import DataError
+from chiasm.processing.tagged import PythonForm, TagForm
 from chiasm.processing.tools import CallForm
 from chiasm.types import Call, Message, Text
 
@@ -20,12 +21,30 @@ FORMS = {
     "llama": CallForm("", "", arguments="parameters"),
     "mistral": CallForm("[TOOL_CALLS] ", "", many=True),
     "named": CallForm("[TOOL_CALLS]", "", named="[ARGS]"),
+    "tags": TagForm(
+        opening="<tool_call>\n<function=",
+        named=">\n",
+        before="<parameter=",
+        between=">\n",
+        after="\n</parameter>\n",
+        closing="</function>\n</tool_call>",
+    ),
+    "pairs": TagForm(
+        opening="<tool_call>",
+        named="\n",
+        before="<arg_key>",
+        between="</arg_key>\n<arg_value>",
+        after="</arg_value>\n",
+        closing="</tool_call>",
+    ),
+    "trained": CallForm("", "", arguments="parameters", python=PythonForm("<|python_tag|>", ".call(")),
+    "python": PythonForm("[", "(", "]"),
 }
 
 
-@pytest.fixture(scope="module", params=list(TEMPLATES))
+@pytest.fixture(scope="module", params=[*TEMPLATES, *OTHERS])
 def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    return request.param, model(tmp_path_factory.mktemp(request.param), TEMPLATES[request.param])
+    return request.param, model(tmp_path_factory.mktemp(request.param), {**TEMPLATES, **OTHERS}[request.param])
 
 
 def call(arguments: dict[str, Any], id: str = "a1b2c3d4e") -> dict[str, Any]:
@@ -38,7 +57,7 @@ def conversations(name: str) -> list[list[dict[str, Any]]]:
     told = {"role": "tool", "tool_call_id": "a1b2c3d4e", "content": '{"sky": "blue\\n"}'}
     done = {"role": "assistant", "content": "It is blue."}
     found = [[ask], [ask, one, told], [ask, one, told, done, ask]]
-    if name != "llama":
+    if name not in ("llama", "trained"):
         other = call({}, "f1b2c3d4e")
         two = {**one, "tool_calls": [*one["tool_calls"], other]}
         found.append([ask, two, told, {**told, "tool_call_id": "f1b2c3d4e", "content": "7"}])
@@ -135,7 +154,7 @@ def test_a_template_that_leaves_results_out_is_found_out(tmp_path: Path) -> None
 
 
 def test_a_form_that_cannot_be_read_back_is_none(tmp_path: Path) -> None:
-    """Calls as tags, one for each argument."""
+    """Tags for arguments that nothing closes."""
     written = '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
     tags = "<f={{ call.function.name }}>{% for k, v in call.function.arguments.items() %}<p={{ k }}>{{ v }}{% endfor %}"
     assert written in HERMES

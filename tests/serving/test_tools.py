@@ -1,4 +1,4 @@
-"""Point 17: tools, with the official client over a socket, in the four forms in which templates write calls."""
+"""Point 17: tools, with the official client over a socket, in the four forms of JSON in which templates write calls."""
 
 from __future__ import annotations
 

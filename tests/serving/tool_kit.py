@@ -1,4 +1,4 @@
-"""Chat templates that write tools in the four published forms, and tiny models that write what a test says."""
+"""Chat templates that write tools in the published forms, and tiny models that write what a test says."""
 
 from __future__ import annotations
 
@@ -119,8 +119,47 @@ NAMED = """{%- for message in messages %}
 {%- endfor %}"""
 
 TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "named": NAMED}
+
+# A tag for each argument (Qwen3-Coder).
+IN_JSON = '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+TAGS = HERMES.replace(
+    IN_JSON,
+    """<function={{ call.function.name }}>
+{% for key, value in call.function.arguments.items() %}<parameter={{ key }}>
+{{ value if value is string else value | tojson }}
+</parameter>
+{% endfor %}</function>""",
+)
+# A tag for each key and each value (GLM-4.5).
+PAIRS = HERMES.replace(
+    "<tool_call>\n" + IN_JSON,
+    """<tool_call>{{ call.function.name }}
+{% for key, value in call.function.arguments.items() %}<arg_key>{{ key }}</arg_key>
+<arg_value>{{ value if value is string else value | tojson }}</arg_value>
+{% endfor %}""",
+).replace("{% endfor %}\n</tool_call>", "{% endfor %}</tool_call>")
+# JSON, and another form for tools that the model was trained with (Llama 3.1).
+TRAINED = LLAMA.replace(
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}',
+    """{% if builtin_tools is defined and call.name in builtin_tools %}<|python_tag|>{{ call.name }}.call(
+{%- for key, value in call.arguments | items %}{{ key }}="{{ value }}"{% if not loop.last %}, {% endif %}
+{%- endfor %}){% else %}{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}{% endif %}""",
+)
+# A list of calls as Python writes them (Llama 3.2's small models, Llama 4).
+PYTHON = LLAMA.replace(
+    """{%- if message.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}
+{%- set call = message.tool_calls[0].function %}""",
+    "",
+).replace(
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}',
+    """[{% for tool_call in message.tool_calls %}{{ tool_call.function.name }}(
+{%- for key, value in tool_call.function.arguments | items %}{{ key }}={{ value | tojson }}
+{%- if not loop.last %}, {% endif %}{% endfor %}){% if not loop.last %}, {% endif %}{% endfor %}]""",
+)
+OTHERS = {"tags": TAGS, "pairs": PAIRS, "trained": TRAINED, "python": PYTHON}
 TURNS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]")
 TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+TOOLS = (*TOOLS, "<|python_tag|>")
 SEEN = ("<tool_call>", "</tool_call>")  # control tokens that are decoded, as in Qwen2.5
 
 WEATHER = {
@@ -145,7 +184,7 @@ ARGUMENTS = '{"city": "Oslo", "<tool_call>": true}'
 
 
 def tokenizer(folder: Path, template: str) -> Path:
-    """Every byte, and the control tokens of all four forms."""
+    """Every byte, and the control tokens of all forms."""
     folder.mkdir(parents=True, exist_ok=True)
     controls = [*SPECIALS, *TURNS, *TOOLS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

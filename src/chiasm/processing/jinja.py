@@ -10,16 +10,18 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
 
 from chiasm import registry
 from chiasm.errors import ConfigError, DataError
+from chiasm.processing import tagged
 from chiasm.processing import tools as tooling
 from chiasm.processing.template import Template, TemplateConfig
-from chiasm.processing.tools import CallForm
+from chiasm.processing.tools import Form
 from chiasm.types import Call, Media, Message, Piece, Text
 
 BASES = range(0x100000, 0x10F000, 0x1000)  # where the private-use characters that stand for texts may begin
@@ -130,6 +132,7 @@ class JinjaTemplate(Template):
         where: str,
         tools: Sequence[Any] | None = None,
         calls: Mapping[Call, Any] | None = None,
+        **more: Any,
     ) -> str:
         try:
             return self._template.render(
@@ -139,7 +142,7 @@ class JinjaTemplate(Template):
                 documents=None,
                 raise_exception=_refuse,
                 strftime_now=self._now,
-                **{**self.tokens, **self.config.variables},
+                **{**self.tokens, **self.config.variables, **more},
             )
         except Exception as error:  # a template may raise anything
             raise DataError(f"{where}: the chat template refuses this conversation: {error}") from None
@@ -225,22 +228,32 @@ class JinjaTemplate(Template):
         tail = text.partition(names[1])[2].replace(BEGIN, "").replace(END, "")
         return tail.rstrip()
 
-    def _find_form(self) -> CallForm | None:
-        """How this template writes a call; None where it tells a model of no tools.
+    def _find_form(self) -> Form | None:
+        """How this template writes a call; None where it tells a model of no tools, or writes what cannot be read."""
+        form = self._written(tooling.json_form, tooling.SIMPLE)
+        if form is None:
+            return self._written(tagged.tag_form, tagged.ARGUMENTS) or self._written(tagged.python_form, tagged.ONE)
+        if not form.opening.strip():
+            trained = self._written(tagged.python_form, tagged.ONE, builtin_tools=[tagged.NAME])
+            return form if trained is None else replace(form, python=replace(trained, closing=""))
+        return form
+
+    def _written(self, read: Callable[[str, str], Any], arguments: Mapping[str, Any], **more: Any) -> Any:
+        """What ``read`` finds in the answer that calls a tool with ``arguments``.
 
         The call is not the last message where the template allows: some write an empty thought before the last answer.
         """
-        messages, tools = tooling.probe()
+        messages, tools = tooling.probe(arguments)
         calls = {call: tooling.told(call, "probe") for call in messages[1].calls}
         for count in (3, 2) if self.end else (2,):
             texts = [tooling.ASKED] * count
             try:
-                prompt = self._run(messages[:1], texts, True, "probe", tools)
-                whole = self._run(messages[:count], texts, False, "probe", tools, calls)
+                prompt = self._run(messages[:1], texts, True, "probe", tools, **more)
+                whole = self._run(messages[:count], texts, False, "probe", tools, calls, **more)
             except DataError:
                 continue
             prompt, whole = (text.replace(BEGIN, "").replace(END, "") for text in (prompt, whole))
-            form = tooling.form_of(prompt, whole, self.end) if tooling.PROBE[0] in prompt else None
+            form = read(tooling.behind(prompt, whole), self.end) if tagged.NAME in prompt else None
             if form is not None:
                 return form
         return None

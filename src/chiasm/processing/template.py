@@ -13,7 +13,7 @@ from typing import Any, Literal
 from chiasm import registry
 from chiasm.config import Config, PartConfig
 from chiasm.errors import ConfigError, DataError
-from chiasm.processing.tools import CallForm, refuse
+from chiasm.processing.tools import Form, refuse
 from chiasm.types import Media, Message, Piece, Text
 
 
@@ -32,7 +32,7 @@ class Template:
     end: str = ""  # the literal that closes an answer; generation stops on its control token, or on it as a string
     controls: tuple[str, ...] = ()  # tokens the tokenizer must have; as ordinary text they would be no turn ends
     also_trained: str = ""  # the single tokens of this text are targets wherever a literal holds them
-    form: CallForm | None = None  # how an answer's calls of tools are written, where that can be read back
+    form: Form | None = None  # how an answer's calls of tools are written, where that can be read back
     learns_calls = False  # calls in the answers of training data are targets
     beside = False  # media stand beside the text and take no place in it; no answer is asked for or learned
 
@@ -92,6 +92,7 @@ class TurnsConfig(TemplateConfig):
     strip: bool = False  # white space around each text is taken off
     media_at: Literal["front", "front_if_single", "inline"] = "front"
     media_wrap: tuple[str, str] = ("", "")
+    wraps: dict[str, tuple[str, str]] = {}  # of kinds of media that have one of their own
     share_wrap: bool = False  # media that follow each other share the text between them (Idefics)
     media_suffix: str = "\n"  # after a medium that stands before the text of its turn
     controls: tuple[str, ...] = ()  # the control tokens in these strings; a tokenizer without one of them is refused
@@ -228,7 +229,7 @@ class TurnsTemplate(Template):
         return pieces
 
     def _medium(self, pieces: list[Piece], number: int, medium: Media) -> None:
-        before, after = self.config.media_wrap
+        before, after = self.config.wraps.get(medium.kind, self.config.media_wrap)
         if not (self.config.share_wrap and pieces and pieces[-1] == Piece(self._fill(after), literal=True)):
             self._write(pieces, before, False)
         pieces.append(Piece(self.placeholders.get(medium.kind, ""), medium=number))

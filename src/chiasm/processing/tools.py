@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from chiasm.errors import DataError
 from chiasm.processing.messages import read_arguments
+from chiasm.processing.tagged import NAME, PythonForm, TagForm
 from chiasm.types import Call, Message, Piece, Text
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ WORDS = frozenset(
     ]
 )
 # fmt: on
+TYPE = {str: "string", int: "integer"}
 TYPES = frozenset(["string", "number", "integer", "boolean", "object", "array", "null", "function"])
 DEEPEST = 32
 
@@ -176,7 +178,7 @@ def render(
 class CallForm:
     """``opening``, JSON, ``closing``. The JSON is an object with a ``name`` and an object under the key ``arguments``,
     in a list where ``many``. Where ``named`` is not None the name stands before the JSON, ``named`` between the two,
-    and the JSON is the arguments alone.
+    and the JSON is the arguments alone. ``python``: how tools are called that the model was trained with, if otherwise.
     """
 
     opening: str
@@ -185,31 +187,37 @@ class CallForm:
     name: str = "name"
     arguments: str = "arguments"
     named: str | None = None
+    python: PythonForm | None = None
 
 
-PROBE = ("\U0010f001", "\U0010f002", "\U0010f003")  # a name, an argument's, its value
+Form = CallForm | TagForm | PythonForm
+PROBE = (NAME, "\U0010f002", "\U0010f003")  # a name, an argument's, its value
+SIMPLE = {PROBE[1]: PROBE[2]}
 ASKED = "\U0010f004"
 
 
-def probe() -> tuple[list[Message], list[dict[str, Any]]]:
+def probe(arguments: Mapping[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
     """A question, answered by a call, its result, and the tool that is called."""
-    name, key, value = PROBE
-    call = Call(name, json.dumps({key: value}), "a1b2c3d4e")
-    parameters = {"type": "object", "properties": {key: {"type": "string", "description": key}}, "required": [key]}
+    name = NAME
+    call = Call(name, json.dumps(arguments), "a1b2c3d4e")
+    told = {key: {"type": TYPE[type(value)], "description": key} for key, value in arguments.items()}
+    parameters = {"type": "object", "properties": told, "required": list(arguments)}
     function = {"name": name, "description": name, "parameters": parameters}
     asked, said = Message("user", (Text(ASKED),)), Message("assistant", (), calls=(call,))
     result = Message("tool", (Text(ASKED),), answers=call.id)
     return [asked, said, result], [{"type": "function", "function": function}]
 
 
-def form_of(prompt: str, whole: str, end: str) -> CallForm | None:
-    """The form of the call in ``whole``, a conversation with a call, where ``prompt`` is all before the answer and
-    ``end`` closes answers. None where it is no form that can be read back, or the template wrote no call.
-    """
+def behind(prompt: str, whole: str) -> str:
+    """The answer in ``whole``, a conversation with a call, where ``prompt`` is all before the answer."""
     if not whole.startswith(prompt):  # the prompt begins a thought, or ends in other white space
         same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
         prompt = prompt[: 1 + max(prompt.rfind(mark, 0, same) for mark in "\n>]")]
-    body = whole[len(prompt) :]
+    return whole[len(prompt) :]
+
+
+def json_form(body: str, end: str) -> CallForm | None:
+    """The form of the call of ``SIMPLE`` in an answer, where ``end`` closes answers; None where it is none in JSON."""
     place = body.find(PROBE[0])
     if place < 0:
         return None
@@ -229,7 +237,7 @@ def _inside(body: str, place: int, end: str) -> CallForm | None:
     if not isinstance(call, dict):
         return None
     name = next((key for key, value in call.items() if value == PROBE[0]), None)
-    arguments = next((key for key, value in call.items() if value == {PROBE[1]: PROBE[2]}), None)
+    arguments = next((key for key, value in call.items() if value == SIMPLE), None)
     if name is None or arguments is None:
         return None
     return CallForm(body[:start], _closing(body[after:], end), many, name, arguments)
@@ -240,7 +248,7 @@ def _before(body: str, place: int, end: str) -> CallForm | None:
     behind = place + len(PROBE[0])
     start = body.find("{", behind)
     found, after = _decoded(body, start) if start >= 0 else (None, 0)
-    if found != {PROBE[1]: PROBE[2]} or not body[:place].strip():
+    if found != SIMPLE or not body[:place].strip():
         return None
     return CallForm(body[:place], _closing(body[after:], end), named=body[behind:start])
 

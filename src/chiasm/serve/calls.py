@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from chiasm.infer.stream import overlap
-from chiasm.processing.tools import CallForm
 
 LONGEST = 1024  # characters in which a call's name must have come to be given out before its end
 
@@ -58,8 +57,8 @@ class Calls:
     holds the opening already, and with ``name`` the name too. ``single``: what follows the first call is left out.
     """
 
-    form: CallForm | None = None
-    names: frozenset[str] = frozenset()
+    form: Any = None  # a CallForm here, other forms in subclasses
+    names: Mapping[str, Any] = field(default_factory=dict)  # of the tools, with the schemas of their arguments
     marks: dict[str, str] = field(default_factory=dict)
     begun: bool = False
     name: str = ""
@@ -72,19 +71,20 @@ class Calls:
         self._out: list[str] = []
         self._deltas: list[Delta] = []
         self._scanner = Scanner(self.marks)
-        self._state = self._text if self.form is not None else self._plain
+        self._state = self._plain
         if self.form is not None:
-            f = self.form
-            keys = rf'\{{\s*"{re.escape(f.name)}"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{re.escape(f.arguments)}"\s*:\s*'
-            self._head_of = re.compile(keys + r"(?=\{)")
-            self._opening, self._closing = f.opening.strip(), f.closing.strip()
-            if not self._opening:
-                self._state = self._first
-            if self.begun:
-                self._state = self._open
+            self._opening, self._closing = self.form.opening.strip(), self.form.closing.strip()
+            self._state = self._open if self.begun else self._text if self._opening else self._first
+            self._prepare()
             if self.begun and self.name:
                 self._call(self.name)
                 self._state = self._arguments
+
+    def _prepare(self) -> None:
+        """What is made of the form once."""
+        f = self.form
+        keys = rf'\{{\s*"{re.escape(f.name)}"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{re.escape(f.arguments)}"\s*:\s*'
+        self._head_of = re.compile(keys + r"(?=\{)")
 
     def push(self, text: str) -> tuple[str, list[Delta]]:
         """The text that is none, and what is known of calls now."""
@@ -93,15 +93,20 @@ class Calls:
             pass
         return self._taken()
 
-    def flush(self) -> tuple[str, list[Delta]]:
-        """What was held back at the end."""
-        self.unfinished = self._state == self._arguments
+    def flush(self, cut: bool = False) -> tuple[str, list[Delta]]:
+        """What was held back at the end; ``cut``: the answer has no end of its own."""
+        self._finish(cut)
         if not self.unfinished and self._state != self._nothing:
             held = self._raw + self._buffer
-            between = self.count and self._state in (self._close, self._open)
-            self._out.append(held if not between or held.strip("[], \t\r\n") else "")
+            between = self._state in (self._close, self._open)
+            blank = self.count and not held.strip("[], \t\r\n" if between else None)  # behind a call it says nothing
+            self._out.append("" if blank else held)
         self._buffer = self._raw = ""
         return self._taken()
+
+    def _finish(self, cut: bool) -> None:
+        """Nothing follows."""
+        self.unfinished = self._state == self._arguments
 
     def _taken(self) -> tuple[str, list[Delta]]:
         text, deltas = self._spelled("".join(self._out)), self._deltas
@@ -149,7 +154,6 @@ class Calls:
 
     def _open(self) -> bool:
         """Before a call's JSON, or its name."""
-        assert self.form is not None
         if self.form.named is not None:
             return self._named(self.form.named)
         between = "[, \t\r\n" if self.form.many else " \t\r\n"
@@ -185,7 +189,6 @@ class Calls:
 
     def _head(self) -> bool:
         """In an object: its name, then its arguments; else all of it at its end."""
-        assert self.form is not None
         match = self._head_of.match(self._buffer) if len(self._buffer) < LONGEST else None
         name = _string(match.group(1)) if match else None
         if match and name in self.names:
@@ -200,7 +203,6 @@ class Calls:
 
     def _whole(self, text: str) -> bool:
         """A call of which all has come."""
-        assert self.form is not None
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
@@ -216,7 +218,6 @@ class Calls:
 
     def _arguments(self) -> bool:
         """In the arguments, which are given out as they come."""
-        assert self.form is not None
         before = self._scanner.depth
         if not before:
             self._buffer = self._buffer.lstrip()
@@ -234,7 +235,6 @@ class Calls:
 
     def _tail(self) -> bool:
         """Behind the arguments, to the end of their object."""
-        assert self.form is not None
         end = self._scanner.feed(self._buffer)
         done = self._scanner.depth <= 0 or end < len(self._buffer)
         self._buffer = self._buffer[end:]

@@ -137,7 +137,7 @@ class Job:
                     made[index] += calls
                     tokens[index] += piece.logprobs
         for index, rest in enumerate(self.calls):
-            text, calls = rest.flush()
+            text, calls = rest.flush(self._cut(index))
             texts[index].append(text)
             made[index] += calls
         choices = [
@@ -162,7 +162,7 @@ class Job:
                 for call in calls:
                     yield self._event([delta(index, {"tool_calls": [call]})])
         for index in range(self.wanted.answers):
-            text, calls = self.calls[index].flush()
+            text, calls = self.calls[index].flush(self._cut(index))
             if text:
                 yield self._event([delta(index, {"content": text})])
             for call in calls:
@@ -171,6 +171,9 @@ class Job:
         if self.wanted.usage_in_stream:
             told = usage(self.flow.finishes)
             yield sse(self.head.chunk([], told, True))
+
+    def _cut(self, index: int) -> bool:
+        return bool(self.flow.finishes[index].reason == "length")
 
     def _reason(self, index: int) -> str:
         """Why an answer ended: a call that was cut short is as any text cut short."""

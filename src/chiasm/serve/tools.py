@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from chiasm.errors import ConfigError, DataError
 from chiasm.infer import constraints
 from chiasm.infer.request import MARKS, mark_of
-from chiasm.processing.tools import DEEPEST, CallForm
+from chiasm.processing.tagged import TagForm, literals, rewritten
+from chiasm.processing.tools import DEEPEST, CallForm, Form
 from chiasm.serve.calls import Calls
+from chiasm.serve.calls_python import PythonCalls
+from chiasm.serve.calls_tags import TagCalls, tag_grammar
 from chiasm.serve.errors import ApiError, clean, shown
 from chiasm.serve.options import Limits, Served
 from chiasm.serve.sampling import held_to
@@ -26,10 +29,10 @@ class Tooling:
     """What a request's tools become. ``lead`` opens an answer that must be a call, ``constraint`` holds it to one."""
 
     tools: list[dict[str, Any]] | None = None
-    form: CallForm | None = None
+    form: Form | None = None
     marks: tuple[int, ...] = ()
     spelled: dict[str, str] = field(default_factory=dict)  # mark's character → control token
-    names: frozenset[str] = frozenset()
+    names: dict[str, Any] = field(default_factory=dict)  # of the tools, with the schemas of their arguments
     lead: tuple[Piece, ...] = ()
     constraint: Any = None
     begun: bool = False
@@ -54,10 +57,11 @@ class Tooling:
         if held := held_to(wanted):
             text = f"an answer may call tools or follow {held[0]}, not both; give one, or tool_choice none"
             raise ApiError(400, text, held[0], "unsupported_parameter")
-        made = cls(tools, form, names=frozenset(names), single=wanted.parallel_tool_calls is False)
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+        made = cls(tools, form, names=schemas, single=wanted.parallel_tool_calls is False)
         made._marked(served.vlm.tokenizer)
         if chosen:
-            made._must([tool for tool in tools if tool["function"]["name"] in chosen], form, wanted)
+            made._must([tool for tool in tools if tool["function"]["name"] in chosen], wanted)
         return made
 
     def parser(self) -> Calls:
@@ -65,24 +69,38 @@ class Tooling:
         if self.form is None:
             return Calls()
         table = {token: character for character, token in self.spelled.items()}
-        named = None if self.form.named is None else _written(self.form.named, table)
-        opening, closing = _written(self.form.opening, table), _written(self.form.closing, table)
-        form = replace(self.form, opening=opening, closing=closing, named=named)
-        return Calls(form, self.names, self.spelled, self.begun, self.name, self.single)
+        form = rewritten(self.form, lambda text: _written(text, table))
+        kind = Calls if isinstance(form, CallForm) and form.python is None else PythonCalls
+        kind = TagCalls if isinstance(form, TagForm) else kind
+        return kind(form, self.names, self.spelled, self.begun, self.name, self.single)
 
     def _marked(self, tokenizer: Any) -> None:
         """Which control tokens the form is written with."""
         assert self.form is not None
-        text = self.form.opening + self.form.closing + (self.form.named or "")
+        text = literals(self.form)
         controls = sorted((token for token in tokenizer.specials if token in text), key=len, reverse=True)[:MARKS]
         self.marks = tuple(tokenizer.specials[token] for token in controls)
         self.spelled = {mark_of(place): token for place, token in enumerate(controls)}
 
-    def _must(self, tools: list[dict[str, Any]], form: CallForm, wanted: ChatRequest) -> None:
+    def _must(self, tools: list[dict[str, Any]], wanted: ChatRequest) -> None:
         """The answer is a call of one of ``tools``, or a list of calls."""
         if wanted.continue_final_message:
             raise ApiError(400, "an answer that is continued cannot be made a call", "tool_choice")
-        self.lead, self.begun = (Piece(form.opening.rstrip(" "), literal=True),), True
+        form, self.begun = self.form, True
+        try:
+            if isinstance(form, CallForm):
+                self.constraint = constraints.JsonSchema(self._schema(tools, form))
+            else:
+                self.constraint = constraints.Grammar(self._grammar(tools, form))
+        except ConfigError:  # the library is not there
+            text = "tool_choice that demands a call is not supported by this server"
+            raise ApiError(400, text, "tool_choice", "unsupported_parameter") from None
+        except DataError as error:
+            raise ApiError(400, f"tools: {clean(str(error))}", "tools", "unsupported_constraint") from None
+
+    def _schema(self, tools: list[dict[str, Any]], form: CallForm) -> dict[str, Any]:
+        """Of the answer behind ``lead``, which is set."""
+        self.lead = (Piece(form.opening.rstrip(" "), literal=True),)
         if form.named is not None:
             if len(tools) > 1:
                 text = "this model's template writes a call's name before its arguments: name one tool"
@@ -90,19 +108,22 @@ class Tooling:
             self.name = tools[0]["function"]["name"]
             opening = Piece(form.opening, literal=True)
             self.lead = (opening, Piece(self.name), Piece(form.named.rstrip(" "), literal=True))
-            schema = {"type": "object", **tools[0]["function"]["parameters"]}
-        else:
-            calls = [_call(tool["function"], form) for tool in tools]
-            schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
-            if form.many:
-                schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1 if self.single else MOST}
-        try:
-            self.constraint = constraints.JsonSchema(schema)
-        except ConfigError:  # the library is not there
-            text = "tool_choice that demands a call is not supported by this server"
-            raise ApiError(400, text, "tool_choice", "unsupported_parameter") from None
-        except DataError as error:
-            raise ApiError(400, f"tools: {clean(str(error))}", "tools", "unsupported_constraint") from None
+            return {"type": "object", **tools[0]["function"]["parameters"]}
+        calls = [_call(tool["function"], form) for tool in tools]
+        schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        if form.many:
+            schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1 if self.single else MOST}
+        return schema
+
+    def _grammar(self, tools: list[dict[str, Any]], form: Any) -> str:
+        """Of the answer behind ``lead``, which is set: a call with a tag for each argument."""
+        text = form.named + form.before + form.between + form.after if isinstance(form, TagForm) else None
+        if text is None or any(token in text for token in self.spelled.values()):
+            text = "this model's template writes calls in a form that no answer can be held to; leave tool_choice auto"
+            raise ApiError(400, text, "tool_choice", "unsupported_parameter")
+        self.lead = (Piece(form.opening, literal=True),)
+        closing = re.split("|".join(map(re.escape, self.spelled.values())) or "$^", form.closing)[0].rstrip()
+        return tag_grammar(form, closing, [tool["function"] for tool in tools])
 
 
 def _call(function: dict[str, Any], form: CallForm) -> dict[str, Any]:
