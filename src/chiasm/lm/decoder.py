@@ -24,7 +24,7 @@ from chiasm.lm.base import LM, Cross, LMConfig
 from chiasm.nn.again import call
 from chiasm.nn.cache import KVCache
 from chiasm.nn.masks import Attend, causal, causal_mask
-from chiasm.nn.mlp import activation, gated
+from chiasm.nn.mlp import activation, gated_down
 from chiasm.nn.norm import RMSNorm
 from chiasm.nn.rope import Rope, RopeScaling, rotate
 from chiasm.nn.watch import Watching
@@ -211,7 +211,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, T, D]`` → ``[B, T, D]``."""
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
+        return gated_down(self.gate_proj(x), self.up_proj(x), self.down_proj, self.activation)  # [B, T, D]
 
 
 def initialise(module: nn.Module) -> None:

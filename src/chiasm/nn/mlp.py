@@ -63,6 +63,40 @@ class _SwiGLU(torch.autograd.Function):
         return of_gate, F.silu(gate).mul_(slopes[0])
 
 
+def gated_down(gate: Tensor, up: Tensor, down: nn.Module, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``down(function(gate) · up)``: ``gate``, ``up`` ``[..., H]`` → ``[..., D]``.
+
+    Where ``down`` is a plain linear layer that is trained, its input is computed again on the way back instead of being
+    kept. Hooks, which look at what goes in and out of the layer, have it run as it is.
+    """
+    plain = type(down) is nn.Linear and down.bias is None and not (down._forward_hooks or down._forward_pre_hooks)
+    lean = plain and function is F.silu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if lean and down.weight.requires_grad:
+        return _GatedDown.apply(gate, up, down.weight)  # type: ignore[no-any-return]
+    return down(gated(gate, up, function))  # type: ignore[no-any-return]
+
+
+class _GatedDown(torch.autograd.Function):
+    """``(silu(gate) · up) weightᵀ``, keeping ``gate`` and ``up`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """``gate``, ``up`` ``[..., H]``, ``weight [D, H]`` → ``[..., D]``."""
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        """``slopes[0] [..., D]`` → the gradients of ``gate``, ``up`` and ``weight``."""
+        gate, up, weight = ctx.saved_tensors
+        rows = slopes[0].flatten(0, -2)  # [n, D]
+        slope = (rows @ weight).view(gate.shape)  # [..., H]
+        active = F.silu(gate)
+        of_weight = rows.T @ (active * up).flatten(0, -2)  # [D, H]
+        of_gate = torch.ops.aten.silu_backward(slope * up, gate)
+        return of_gate, active.mul_(slope), of_weight
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation called ``name``. Raises ConfigError that names the nearest known ones."""
     if name not in ACTIVATIONS:

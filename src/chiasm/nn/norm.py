@@ -22,13 +22,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., D]`` → ``[..., D]``."""
-        if torch.is_grad_enabled() and x.dtype != torch.float32 and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _Lean.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
         return self.weight * _normed(x, self.eps)[0]
 
 
 class _Lean(torch.autograd.Function):
-    """The same, keeping its input for the way back instead of the float32 tensors on the way: a fifth of the memory."""
+    """The same, keeping its input for the way back instead of the float32 tensors on the way: a fifth of the memory in
+    bfloat16, half in float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,7 +43,7 @@ class _Lean(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         """``slopes[0] [..., D]`` → the gradients of ``x`` and ``weight``."""
         x, weight, inverse = ctx.saved_tensors
-        unit = x.float().mul_(inverse)  # [..., D]
+        unit = x.float() * inverse  # [..., D]
         slope = slopes[0].float()
         of_weight = (slope * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
