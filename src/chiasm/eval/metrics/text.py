@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,20 +14,6 @@ def exact(prediction: str, answers: Sequence[str]) -> float:
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
 
 
-@register("metric", "vqa")
-def vqa(prediction: str, answers: Sequence[str]) -> float:
-    """Agreement with several annotators, as VQA scores it: the mean over leaving each of them out of min(matches/3, 1).
-
-    With a single answer it is ``exact`` without articles.
-    """
-    given = _plain(prediction)
-    accepted = [_plain(answer) for answer in answers]
-    if len(accepted) < 4:
-        return float(given in accepted)
-    same = [answer == given for answer in accepted]
-    return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(same)
-
-
 @register("metric", "word_f1")
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
     """The best harmonic mean of word precision and recall over the answers: a rough score for captions."""
@@ -38,10 +23,6 @@ def word_f1(prediction: str, answers: Sequence[str]) -> float:
 def normalise(text: str) -> str:
     """Lower case, one space between words, no punctuation at either end of a word."""
     return " ".join(w for w in (word.strip(".,;:!?\"'()[]") for word in text.lower().split()) if w)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\b(a|an|the)\b ?", "", normalise(text)).strip()
 
 
 def _f1(a: list[str], b: list[str]) -> float:
