@@ -186,6 +186,22 @@ def test_a_connector_trained_before_may_be_frozen(data):
     assert again is not None
 
 
+@pytest.mark.parametrize(("kinds", "verdict"), [([1, 0, 0, 1], "proved"), ([1, 0, 0, 0], "open")])
+def test_a_gradient_of_the_warm_up_alone_asks_for_no_change(data, tmp_path, kinds, verdict):
+    """The first step has a learning rate of 0 and the only picture; the steps after it leave the connector alone."""
+    from test_distributed import samples
+
+    vlm = tiny_vlm(tmp_path)
+    stage = Stage(name="s", plan="instruct", steps=4, batch_size=1, lr=1e-3, log_every=1)
+    run = StageRun(*(vlm.model, renderer(vlm), stage, samples(tmp_path, kinds), tmp_path / "run", None),
+                   Console(file=io.StringIO()))  # fmt: skip
+    run.fit()
+    told = json.loads((tmp_path / "run" / "proof.json").read_text())
+    assert told["verdict"] == verdict and told["first"] == (4 if verdict == "proved" else None)
+    why = {"it had gradients only while the learning rate was 0"}
+    assert set(told["open"].values()) == (why if verdict == "open" else set())
+
+
 @pytest.mark.parametrize("when", [0, 3])
 def test_a_frozen_tensor_that_moves_is_caught(data, tmp_path, when):
     """One bit of one number, at once or late."""

@@ -92,6 +92,8 @@ class Proof:
         self.frozen = frozen_tensors(model, self.trained)
         self.before = marks({**self.trained, **self.frozen})
         self.norms: dict[str, float] = {}  # of the first gradient that was not 0
+        self.pushed: set[str] = set()  # had such a gradient in a step that moved, so must have moved
+        self.now: set[str] = set()  # have one in the step that comes
         self.zero: set[str] = set()  # had a gradient, but each of its values was 0
         self.kinds: set[str] = set()
         self.looked = False  # whether all values were once found to be numbers
@@ -115,16 +117,17 @@ class Proof:
         """Look at the gradients of a whole step, before the optimizer uses them."""
         if not self.watching:
             return
-        known = self.norms.keys() | self.excused
+        known = self.pushed | self.excused
         have = [n for n, p in self.trained.items() if n not in known and p.grad is not None]
         found = torch._foreach_norm([self.trained[n].grad.float() for n in have]) if have else []  # type: ignore[union-attr]
         whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in found]  # pieces on several ranks
         values = torch.stack([n.cpu() for n in whole]).tolist() if whole else []
         for name, norm in zip(have, values, strict=True):
             if norm > 0 and norm < float("inf"):
-                self.norms[name] = norm
+                self.norms.setdefault(name, norm)
+                self.now.add(name)
                 self.zero.discard(name)
-            else:
+            elif name not in self.norms:
                 self.zero.add(name)
 
     def stepped(self, step: int, share: float) -> None:
@@ -135,9 +138,11 @@ class Proof:
             self.looked = True
             self._numbers(step)
         if share > 0:
+            self.pushed |= self.now
             self.moving += 1
             if self.moving == 1:
                 self._still(step)
+        self.now = set()
         left = self._left()
         late = {n for n in left if self._overdue(n, step)}
         if late:
@@ -147,9 +152,11 @@ class Proof:
             self.first = step
 
     def _left(self) -> list[str]:
-        return [n for n in self.trained if n not in self.norms and n not in self.excused]
+        return [n for n in self.trained if n not in self.pushed and n not in self.excused]
 
     def _overdue(self, name: str, step: int) -> bool:
+        if name in self.norms:
+            return False  # it had one in a step of the warm-up that moved nothing, and the data since did not need it
         if self.resumed and self.moving < self.epoch:
             return False  # what was proved before the interruption is not asked for again at once
         if step >= self.epoch and self.moving > PATIENCE:
@@ -188,8 +195,8 @@ class Proof:
             )
 
     def _moved(self, step: int, now: Mapping[str, Mark] | None = None) -> None:
-        now = now or marks({n: self.trained[n] for n in self.norms})
-        same = [n for n in self.norms if now[n] == self.before[n]]
+        now = now or marks({n: self.trained[n] for n in self.pushed})
+        same = [n for n in self.trained if n in self.pushed and now[n] == self.before[n]]
         if same and not self.resumed:
             raise ProofError(
                 f"stage {self.stage!r}, after step {step}: {len(same)} of {len(self.trained)} trained tensors had a "
@@ -218,7 +225,8 @@ class Proof:
         self._numbers(step)
         if self.moving:
             self._still(step, now)
-            if self.watching and not self.resumed and self.moving > PATIENCE and (left := self._left()):
+            left = [n for n in self._left() if n not in self.norms]
+            if self.watching and not self.resumed and self.moving > PATIENCE and left:
                 raise ProofError(self._no_gradient(sorted(left), step))
             self._moved(step, now)
         return self.last
@@ -250,6 +258,8 @@ class Proof:
     def _why_open(self, name: str) -> str:
         if not self.moving:
             return "every step had a learning rate of 0: set warmup_ratio to 0"
+        if name in self.norms:
+            return "it had gradients only while the learning rate was 0"
         kinds = kinds_of(self.model, name)
         if kinds and not kinds & self.kinds:
             return f"no {' or '.join(sorted(kinds))} came"
