@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from chiasm import registry
-from chiasm.eval.metrics import choices, vqa
+from chiasm.eval.metrics import captions, choices, vqa
+from chiasm.eval.runner import Answer, _over
 
 
 def golden(shared_data: Path, name: str) -> Any:
@@ -218,3 +219,71 @@ def test_mme_points_of_nothing_and_of_all():
     assert choices.mme_points([]) == 0
     assert choices.mme_points([("a", 1.0), ("a", 1.0), ("b", 1.0), ("b", 0.0)]) == 75 + 50
     assert choices.consistency([]) == 0 and choices.consistency([("s", 1.0), ("s", 0.0), ("t", 1.0)]) == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- captions
+
+
+@pytest.mark.data
+def test_captions(shared_data: Path):
+    table, expected = (golden(shared_data, f"caption_metrics/coco80_{name}.json") for name in ("inputs", "expected"))
+    for name in ("references", "candidates"):
+        for picture, texts in table[name].items():
+            split = table[f"ptb_tokenized_{name}"][picture]
+            for text, wanted in zip(texts, split, strict=True) if isinstance(texts, list) else [(texts, split)]:
+                wanted = wanted[0] if isinstance(wanted, list) else wanted
+                assert " ".join(captions.words(text)) == wanted
+    said = {k: v[0] if isinstance(v, list) else v for k, v in table["candidates"].items()}
+    pairs = [(said[picture], table["references"][picture]) for picture in expected["image_ids"]]
+    corpus = expected["corpus"]
+    assert captions.bleu(pairs) == pytest.approx([corpus[f"Bleu_{n}"] for n in range(1, 5)], abs=1e-12)
+    for name, metric in (("ROUGE_L", captions.rouge_l), ("CIDEr", captions.cider)):
+        scores = metric(pairs)
+        assert scores == pytest.approx(expected["per_image"][name], abs=1e-9)
+        assert sum(scores) / len(scores) == pytest.approx(corpus[name], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        ("A dog isn't running, it's sitting!", "a dog is n't running it 's sitting"),
+        ("I can’t; we cannot", "i ca n't we can not"),
+        ("Black-and-white TV (old)...", "black-and-white tv old"),
+        ("Mr. Smith of the U.S. team", "mr. smith of the u.s. team"),
+        ("3.5 miles at 12:30, 1,000 people", "3.5 miles at 12:30 1,000 people"),
+        ("un café à côté", "un café à côté"),
+        ("一只猫 坐着", "一只猫 坐着"),
+        ("rock & roll", "rock & roll"),
+    ],
+)
+def test_words_of_captions(text: str, expected: str):
+    assert " ".join(captions.words(text)) == expected
+
+
+def test_captions_at_the_edges():
+    same = [("a cat on a mat", ["a cat on a mat"]), ("two dogs run fast", ["two dogs run fast"])]
+    assert captions.rouge_l(same) == pytest.approx([1, 1])
+    assert captions.cider(same) == pytest.approx([10, 10])
+    assert captions.bleu(same) == pytest.approx([1, 1, 1, 1], abs=1e-6)
+    assert captions.cider(same[:1]) == [0]  # one picture: no n-gram is rare
+    empty = [("", ["a cat"]), ("a dog", ["a dog", ""])]
+    assert captions.rouge_l(empty)[0] == 0 and captions.cider(empty)[0] == 0
+    assert all(0 <= score <= 1 for score in captions.bleu(empty))
+    assert captions.bleu([("", ["a cat"])]) == pytest.approx([0, 0, 0, 0])
+    short = captions.bleu([("a cat", ["a cat sat"])])
+    assert short[0] == pytest.approx(2.718281828 ** (1 - 3 / 2), rel=1e-6)  # the brevity penalty
+    assert captions.bleu([("a a a a", ["a cat", "a a"])])[0] == pytest.approx(2 / 4, rel=1e-6)  # clipped
+    p, r = 2 / 2, 2 / 4
+    assert captions.rouge_l([("cat mat", ["a cat on mat"])])[0] == pytest.approx(2.44 * p * r / (r + 1.44 * p))
+
+
+def test_a_metric_over_the_whole_set():
+    cider = registry.get("metric", "cider")
+    assert cider("a cat", ["a cat"]) == 0 and registry.get("metric", "rouge_l")("a cat", ["a cat"]) == 1
+    rows = [("a cat on a mat", ("a cat on a mat",)), ("two dogs run fast", ("two dogs run fast",))]
+    answers = [Answer(str(i), "captions", "", "", said, given, 0.0) for i, (said, given) in enumerate(rows)]
+    other = Answer("2", "words", "", "", "a", ("a",), 1.0)
+    scored = _over([answers[0], other, answers[1]], {"captions": cider, "words": registry.get("metric", "exact")})
+    assert [answer.score for answer in scored] == pytest.approx([10, 1, 10])
+    assert [answer.id for answer in scored] == ["0", "2", "1"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -145,8 +145,19 @@ def evaluate(
     if ranks:
         for others in ranks.gather(found, "the end of the evaluation"):
             found |= others
-    result.answers = [found[i] for i in range(len(pairs))]
+    result.answers = _over([found[i] for i in range(len(pairs))], score)
     return result
+
+
+def _over(answers: list[Answer], metrics: Mapping[str, Any]) -> list[Answer]:
+    """The answers with the scores of metrics that look at a whole source at once (``over``), as CIDEr does."""
+    for source, metric in metrics.items():
+        if hasattr(metric, "over"):
+            places = [i for i, answer in enumerate(answers) if answer.source == source]
+            scores = metric.over([(answers[i].prediction, answers[i].answers) for i in places])
+            for i, score in zip(places, scores, strict=True):
+                answers[i] = replace(answers[i], score=score)
+    return answers
 
 
 def compare(vlm: Any, examples: Sequence[Example], shuffled: bool = True, **settings: Any) -> Comparison:
