@@ -189,16 +189,23 @@ def test_a_model_that_dies_ends_the_run(vlm):
 
 
 @pytest.mark.slow
-def test_a_local_cluster_of_ray(folder, tmp_path):
+def test_a_local_cluster_of_ray(folder, tmp_path, monkeypatch):
+    """Two actors answer as one process does, paths are found although the cluster began elsewhere, errors are short."""
     ray = pytest.importorskip("ray")
     rows = [request(str(i), f"Number {i}?") for i in range(20)]
     source = write(tmp_path / "in.jsonl", [*rows[:7], "{", *rows[7:], rows[0]])
     write(tmp_path / "out.jsonl", [])
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text((folder / "config.json").read_text())  # and no weights
     try:
-        result = run(folder, source, tmp_path / "out.jsonl", "--ray", "1", "--flying", "4")
+        monkeypatch.chdir(folder.parent)
+        result = run(Path(folder.name), source, tmp_path / "out.jsonl", "--ray", "2", "--flying", "4")
+        wrong = run(tmp_path / "broken", source, tmp_path / "wrong.jsonl", "--ray", "1")
     finally:
         ray.shutdown()
+    assert wrong.exit_code == 1 and len(wrong.output.splitlines()) < 8, wrong.output
+    assert "an actor of the Ray cluster failed" in wrong.output and "holds no weights" in wrong.output
     assert result.exit_code == 1 and "2 of 22 lines failed" in result.output, result.output
     assert run(folder, source, tmp_path / "alone.jsonl").exit_code == 1
 
@@ -211,6 +218,12 @@ def test_a_local_cluster_of_ray(folder, tmp_path):
         answers(tmp_path / "out.jsonl") == answers(tmp_path / "alone.jsonl")
         and len(answers(tmp_path / "out.jsonl")) == 20
     )
+
+
+def test_without_ray_the_extra_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run(folder, write(tmp_path / "in.jsonl", [request("a")]), tmp_path / "out.jsonl", "--ray", "1")
+    assert result.exit_code == 1 and "chiasm[ray]" in result.output
 
 
 def test_what_an_actor_of_ray_does(folder, tmp_path):
@@ -228,5 +241,7 @@ def test_what_an_actor_of_ray_does(folder, tmp_path):
     finally:
         actor.served.service.stop()
     rows = [json.loads(answer) for answer in told["answer"]]
+    broken = Answering(partial(open_batch, str(tmp_path), settings), str(source), 2)
+    assert "config.json is missing" in broken({"number": np.array([1]), "problem": np.array([""])})["why"][0]
     assert {row["custom_id"] for row in rows if row["response"]} == {"größer", "b"}
     assert [row["error"]["message"] for row in rows if row["error"]] == ["line 3: it is not JSON"]

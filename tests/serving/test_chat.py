@@ -193,6 +193,13 @@ def test_mistakes_are_told_and_the_conversation_goes_on(run):
     assert "no picture" in told or "no word" in told
 
 
+def test_a_picture_that_is_not_there_is_told_of(run):
+    """A path is surely one, so nothing is sent; a bare name may be a word."""
+    told = run("/nope.png what is it?", "no/such.jpg what?", "what is nope.png?", "/history")
+    assert told.count("nothing was sent") == 2 and "no file /nope.png" in told and "unknown command" not in told
+    assert "(there is no file nope.png here: the message goes without it)" in told and told.count("user: ") == 1
+
+
 def test_look_tells_the_word(run, vlm, red: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Talk, "_written", lambda *_: (piece for piece in ("A red ", "fox.")))
     told = run(f"'{red}' What?", "/look red", "/look", arguments=("--preview",))

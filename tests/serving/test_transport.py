@@ -58,6 +58,16 @@ def test_loading_models_are_listed_and_red(vlm):
             time.sleep(0.02)
 
 
+def test_a_model_is_served_under_its_folders_name(tmp_path):
+    from chiasm.cli.serve import _named
+
+    for folder in ("demo/model", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    for word, name in ((tmp_path / "demo/model", "demo"), (tmp_path / "mine", "mine"), ("owner/hub", "owner/hub")):
+        assert _named(str(word)) == (name, str(word))
+    assert _named(f"x={tmp_path}") == ("x", str(tmp_path))
+
+
 def test_a_model_that_cannot_be_loaded_is_red(vlm):
     def fail():
         raise RuntimeError("secret place /home/someone")

@@ -47,6 +47,14 @@ def command(source: Path, word: str, out: Path, flying: int, actors: int | None,
     options: Any = None
     if actors is None:
         served, options = open_batch(word, settings)
+    else:
+        from chiasm.cli.serve import _named, check
+        from chiasm.infer.cluster import everywhere
+
+        name, path = _named(word)  # the actors find it where this process does
+        check(path)
+        word = f"{name}={everywhere(path)}"
+        settings["media_root"] = settings["media_root"] and everywhere(settings["media_root"])
     output = batch.Output(out, "" if served is None else served.fingerprint)
     with source.open("rb") as file:
         total = sum(1 for line in file if line.strip())
@@ -69,7 +77,7 @@ def command(source: Path, word: str, out: Path, flying: int, actors: int | None,
         if served is not None and served.service is not None:
             served.service.stop()
     if not output.failed:
-        click.echo(f"{out}: all {output.answered} answered", err=True)
+        click.echo(f"{out}: all {output.answered} answered" if output.answered else f"{source}: no request", err=True)
         return
     click.echo(f"the first that failed, {output.first}", err=True)
     click.echo(

@@ -118,7 +118,7 @@ class Session:
                 self.note("(stopped)")
 
     def _do(self, word: str, rest: str, line: str) -> None:
-        from chiasm.cli.terminal import files_in
+        from chiasm.cli.terminal import files_in, missing
         from chiasm.errors import nearest
 
         if word in self.commands:
@@ -127,6 +127,12 @@ class Session:
         files, text = files_in(line)
         self._waiting(files)
         self.talk.waiting += files
+        lost = missing(text)
+        if any("/" in name for name in lost):
+            self.fault(f"there is no file {lost[0]}; nothing was sent")
+            return
+        if lost:
+            self.note(f"(there is no file {lost[0]} here: the message goes without it)")
         if text.startswith("/") and not files:
             self.fault(f"unknown command {word}; {nearest(word, self.commands)}")
         elif text:
@@ -262,11 +268,21 @@ class Session:
 def _stream(console: Console, pieces: Iterator[str]) -> None:
     """Write pieces as they come, without what could steer the terminal."""
     from chiasm.cli.terminal import clean
+    from chiasm.errors import ChiasmError
 
+    begun = False
     try:
         for piece in pieces:
             console.out(clean(piece), end="", highlight=False)
             console.file.flush()
+            begun = True
+    except ChiasmError:
+        if begun:
+            console.out("")
+        raise
+    except BaseException:
+        console.out("")
+        raise
     finally:
         getattr(pieces, "close", lambda: None)()
-        console.out("")
+    console.out("")

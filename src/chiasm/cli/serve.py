@@ -52,7 +52,9 @@ def command(
     quantize: str | None,
     **settings: Any,
 ) -> None:
-    """Serve MODEL (a folder or hub name) at http://HOST:PORT/v1, each under its NAME or its last path component.
+    """Serve MODEL (a folder or hub name) at http://HOST:PORT/v1, each under its NAME or its folder's.
+
+    The folder "model" of a run has the run's name: runs/demo/model is served as demo.
 
     Every option can be set in the environment, as CHIASM_SERVE_PORT=8000.
     """
@@ -63,9 +65,6 @@ def command(
         raise click.ClickException(f"serving needs {error.name}: pip install 'chiasm[serve]'") from None
     import logging
 
-    from chiasm.checkpoints.folder import is_adapter
-    from chiasm.checkpoints.hub import checked
-    from chiasm.presets.checkpoint import table_of
     from chiasm.serve.options import Served
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -77,12 +76,13 @@ def command(
         name, path = _named(word)
         if name in served:
             raise click.UsageError(f"two models are called {name!r}; name them: first=FOLDER second=FOLDER")
-        if checked(path).is_dir() and not is_adapter(Path(path)):
-            table_of(Path(path))  # a wrong folder is told of now, not by every request
+        check(path)
         service: dict[str, Any] = {"slots": slots, "max_queue_requests": queue, "max_length": max_length}
         service |= {"prefix_cache_bytes": prefix_cache * MB, "quantize": quantize}
         served[name] = Served(name, _loader(path, device, dtype, ignore_fingerprint, service))
-    click.echo(f"http://{options.host}:{options.port}/v1  " + "  ".join(served))
+    click.echo(f"models {', '.join(served)} at http://{options.host}:{options.port}/v1")
+    if options.page:
+        click.echo(f"page to talk to them at http://{options.host}:{options.port}/")
     raise SystemExit(run(create_app(served, options), options))
 
 
@@ -112,12 +112,25 @@ def _options(settings: dict[str, Any]) -> Any:
     )
 
 
+def check(path: str) -> None:
+    """A wrong folder is told of now, not by every request, or every actor. Raises CheckpointError."""
+    from chiasm.checkpoints.folder import is_adapter
+    from chiasm.checkpoints.hub import checked
+    from chiasm.presets.checkpoint import table_of
+
+    if checked(path).is_dir() and not is_adapter(Path(path)):
+        table_of(Path(path))
+
+
 def _named(word: str) -> tuple[str, str]:
-    """``name=path`` or a path whose last component is the name."""
+    """``name=path``, or a path whose last component is the name; that of a run's ``model`` folder is the run's."""
     name, equals, path = word.partition("=")
     if equals and name and "/" not in name:
         return name, path
-    return Path(word).resolve().name if Path(word).is_dir() else word, word
+    folder = Path(word).resolve()
+    if not folder.is_dir():
+        return word, word
+    return (folder.parent.name or folder.name) if folder.name == "model" else folder.name, word
 
 
 def _loader(path: str, device: str | None, dtype: str | None, ignore: bool, settings: dict[str, Any]) -> Any:

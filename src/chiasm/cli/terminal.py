@@ -43,6 +43,13 @@ def files_in(line: str) -> tuple[list[str], str]:
     return found, "".join(kept).strip() if found else line.strip()
 
 
+def missing(line: str) -> list[str]:
+    """The words of a line that look like pictures or clips and are none that is there."""
+    words = (match["single"] or match["double"] or _unescaped(match["bare"]) for match in _WORD.finditer(line))
+    names = [word.rstrip("?!.,;:") for word in words]
+    return [name for name in names if Path(name).suffix.lower() in PICTURES | VIDEOS and _file(name) is None]
+
+
 def _unescaped(word: str) -> str:
     return re.sub(r"\\(.)", r"\1", word)
 

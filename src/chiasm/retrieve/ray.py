@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chiasm.errors import ConfigError
+from chiasm.infer.cluster import everywhere, joined, told
 
 
 class Embedding:
@@ -53,13 +53,17 @@ def embedder(
     model: str, actors: int = 1, batch: int = 64, dtype: str | None = None, device: str | None = None
 ) -> Callable[..., Iterator[tuple[list[int], Tensor]]]:
     """What ``Index.update_folder`` takes as ``embedder``. Raises ConfigError where ray is not installed."""
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("--ray needs the package ray: pip install 'chiasm[ray]'") from None
+    ray, model = joined(), everywhere(model)
 
     def run(given: Sequence[Any], kind: str, broken: Callable[[int, str], None]) -> Iterator[tuple[list[int], Tensor]]:
-        rows = [{"number": i, "item": item} for i, item in enumerate(given)]
+        with told():
+            yield from shared(given, kind, broken)
+
+    def shared(
+        given: Sequence[Any], kind: str, broken: Callable[[int, str], None]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        items = map(str, given) if kind == "text" else (everywhere(str(item)) for item in given)
+        rows = [{"number": i, "item": item} for i, item in enumerate(items)]
         found = ray.data.from_items(rows).map_batches(
             Embedding,
             batch_size=batch,

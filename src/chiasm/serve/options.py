@@ -125,12 +125,14 @@ class Served:
 
     def load(self) -> None:
         """Load now, in this thread. An error is kept, not raised."""
+        began = time.monotonic()
         try:
             self.service, vlm = self._load()
             self.vlm = getattr(self.service, "vlm", None) if vlm is None else vlm
             if hasattr(self.vlm, "config"):
                 self.fingerprint = f"chiasm-{__version__}-{self.vlm.config.hash()}"
             self.state = "ready"
+            log.info("model %s is ready after %.1f s", self.name, time.monotonic() - began)
         except Exception as error:  # whatever a loader raises, the other models go on
             self.error, self.state = error, "failed"
             log.exception("model %s cannot be loaded", self.name)
