@@ -21,6 +21,7 @@ from chiasm.presets.page import describe
 from chiasm.presets.tiny import tiny_side
 from chiasm.processing.processor import Processor
 from chiasm.processing.templates import TEMPLATES
+from chiasm.vlm import unit_shapes
 
 NAMES = [record.name for record in presets() if hasattr(record.function().model, "lm")]  # those that write
 
@@ -203,6 +204,21 @@ def test_parameters_of_two_levels(name):
     assert count + llama_count(CLIPS[name]) + rest == record_of(name).parameters
 
 
+SOUNDS = {"video-llama-7b-audio": VICUNA_7B, "video-llama-13b-audio": VICUNA_13B}
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_parameters_of_a_branch_for_sounds(name):
+    """The vision branch; transformers' Q-Former on vectors of 1024; 8 queries, 8 positions, one layer; the tower's are
+    counted in ``tests/parity/test_sound.py``.
+    """
+    transformers = pytest.importorskip("transformers")
+    small = transformers.Blip2QFormerConfig(num_hidden_layers=2, cross_attention_frequency=1, encoder_hidden_size=1024)
+    branch = of_transformers("Blip2QFormerModel", small) + 8 * 768 + 8 * 1024 + 769 * SOUNDS[name]["hidden_size"]
+    vision = record_of(name.removesuffix("-audio")).parameters
+    assert vision + branch + 86_235_648 == record_of(name).parameters
+
+
 MAPPED, SKETCH = "minigpt-5", "minigpt-gated-sketch"
 
 
@@ -295,7 +311,7 @@ def test_parameters_of_a_linear_connector(name, lm):
 
 
 def test_every_preset_was_compared():
-    bridges = {*BLIP2, *CLIP_L, *STRIPS, *CLIPS, MAPPED, SKETCH}
+    bridges = {*BLIP2, *CLIP_L, *STRIPS, *CLIPS, *SOUNDS, MAPPED, SKETCH}
     assert set(NAMES) == {*PUBLISHED, *bridges, *IDEFICS, *OPENFLAMINGO, "llava-1-7b", "llava-1-13b"}
 
 
@@ -440,7 +456,17 @@ def test_pictures_of_each_system():
 
 
 FIRST_RATE = {"LLaVA-1": 2e-3, "Idefics": None, "MiniGPT-v2": None, "MiniGPT-5": 2e-5} | dict.fromkeys(
-    ("BLIP-2", "InstructBLIP", "InstructBLIP-Video", "OpenFlamingo", "MiniGPT-4", "Video-LLaMA", "gated sketch"), 1e-4
+    (
+        "BLIP-2",
+        "InstructBLIP",
+        "InstructBLIP-Video",
+        "OpenFlamingo",
+        "MiniGPT-4",
+        "Video-LLaMA",
+        "gated sketch",
+        "Video-LLaMA, both branches",
+    ),
+    1e-4,
 )
 
 
@@ -536,6 +562,9 @@ MAY_DIFFER = (
     "model.lm.mlp",
     "processing.media.*.size",
     "processing.media.*.frames",
+    *(f"processing.media.audio.{size}" for size in ("clips", "seconds", "bins")),
+    *(f"model.encoders.audio.{size}" for size in ("stride", "bins", "frames", "out")),
+    *(f"model.connectors.audio.{size}" for size in ("queries", "dim", "heads", "mlp")),
     "processing.media.image.tiling.pinpoints",
 )
 
@@ -577,11 +606,17 @@ def colours(generator, size):
 
 def talk(*media):
     kinds = [
-        {"type": "video" if isinstance(m, list) else "image", "video" if isinstance(m, list) else "image": m}
+        m if isinstance(m, dict) else {"type": (kind := "video" if isinstance(m, list) else "image"), kind: m}
         for m in media
     ]
     words = {"type": "text", "text": "What is this?"}
     return [{"role": "user", "content": [*kinds, words]}, {"role": "assistant", "content": "A colour."}]
+
+
+def tone(hertz):
+    """A quarter of a second and a bit, as a part of a message."""
+    samples = torch.sin(torch.arange(5000) * (2 * torch.pi * hertz / 16000))
+    return {"type": "audio", "audio": samples, "rate": 16000}
 
 
 def open_gates(model):
@@ -601,14 +636,17 @@ def test_tiny_form_runs(name, tokenizer, rng):
         parameter.data.normal_(0, 0.2, generator=rng)
     if name in CLIP_L:  # a small gain before all blocks leaves of a picture what the norm behind them makes of biases
         model.encoders["image"].pre_norm.weight.data.fill_(1.0)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm) and name in SOUNDS):
+        norm.weight.data += 1.0  # small gains, one behind the other, leave little of a medium
     open_gates(model)
-    side = config.processing.media["image"].size
-    check_counts(config.model, dict.fromkeys(config.processing.media, (3, side, side)))
+    check_counts(config.model, unit_shapes(config))
     processor = Processor(config.processing, tokenizer, config.model.count)
     first, second = colours(rng, (31, 17)), colours(rng, (40, 60))
     talks = [talk(first), talk(), talk(first, second)]
     if "video" in config.processing.media:
         talks.append(talk([colours(rng, (20, 20)) for _ in range(6)]))
+    if "audio" in config.processing.media:
+        talks += [talk(tone(440)), talk(first, tone(300))]
     with torch.no_grad():
         before = [model(processor.batch([t], train=True), logits="labels").logits for t in talks]
         batch = processor.batch(talks, train=True)
@@ -625,7 +663,8 @@ def test_every_parameter_of_a_tiny_form_learns(name, tokenizer, rng):
     config = preset(name, tiny=True, vocab=tokenizer.vocab_size)
     model = build_model(config.model)
     processor = Processor(config.processing, tokenizer, config.model.count)
-    batch = processor.batch([talk(colours(rng, (31, 17)))], train=True)
+    media = [colours(rng, (31, 17)), *([tone(440)] if "audio" in config.processing.media else [])]
+    batch = processor.batch([talk(*media)], train=True)
     open_gates(model)
     output = model(batch, logits="labels")
     torch.nn.functional.cross_entropy(output.logits, output.targets).backward()

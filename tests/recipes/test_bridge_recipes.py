@@ -121,6 +121,19 @@ def test_minigpt_v2_goes_through_three_stages(tmp_path: Path, monkeypatch: pytes
     assert [s.batch_size * s.accumulate for s in published.stages] == [96, 64, 24]
 
 
+def test_video_llamas_audio_branch_learns_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Positions, queries, Q-Former and layer of the branch for sounds move, and nothing else; stages as published."""
+    before = drawn("video-llama-audio", tmp_path, monkeypatch)
+    vlm = trained("video-llama-audio", tmp_path, monkeypatch)
+    assert moved(vlm, before) == {n for n in before if n.startswith("connectors.audio.")}
+    record = next(p for p in presets() if p.name == "video-llama-7b-audio")
+    stages = load_recipe(ROOT / "recipes" / "video-llama-audio.yaml").stages
+    for published, mine in zip(record.stages, stages, strict=True):
+        assert published.lr == mine.lr and published.warmup == round(mine.warmup_ratio * mine.steps)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) >= 8
+
+
 def test_video_llama_learns_what_stands_over_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = drawn("video-llama", tmp_path, monkeypatch)
     vlm = trained("video-llama", tmp_path, monkeypatch)

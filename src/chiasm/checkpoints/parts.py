@@ -17,7 +17,7 @@ from chiasm import registry
 from chiasm.checkpoints import halves, minigpt4, openflamingo, video_llama
 from chiasm.config import PartConfig
 from chiasm.connectors.qformer import QFormer
-from chiasm.convert import maps, maps_blip, maps_towers
+from chiasm.convert import maps, maps_blip, maps_imagebind, maps_towers
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import open_weights, read_json
 from chiasm.convert.rules import Alias, AnyRule, Drop, Plan, Rule, prefixed, rename
@@ -121,7 +121,9 @@ def _rules(part: str, config: PartConfig, values: Any, folder: Path) -> tuple[bo
 
 
 def _bare(part: str, config: PartConfig) -> list[AnyRule]:
-    """Files without a configuration: the original LLaVA's projector, or our own names, with or without the part's."""
+    """Files without a configuration: the original LLaVA's projector, ImageBind's, or our own names, with or without the
+    part's.
+    """
     prefix = part + "."
     if part.startswith("connectors.") and config.type in ("mlp", "linear"):
         theirs = maps.projector_mlp() if config.type == "mlp" else maps.projector_linear()
@@ -131,7 +133,8 @@ def _bare(part: str, config: PartConfig) -> list[AnyRule]:
             *prefixed(theirs, "", prefix),
             rename(prefix + "{rest}", prefix + "{rest}"),
         ]
-    return [Alias(prefix + "{rest}", "{rest}"), rename("{rest}", prefix + "{rest}")]
+    own: list[AnyRule] = [Alias(prefix + "{rest}", "{rest}"), rename("{rest}", prefix + "{rest}")]
+    return [*prefixed(maps_imagebind.audio(), "", prefix), *own] if config.type == "imagebind_audio" else own
 
 
 def _language_model(config: PartConfig, found: Part, folder: Path) -> list[AnyRule]:

@@ -1,11 +1,12 @@
-"""Video-LLaMA's vision branch from files: BLIP-2's Q-Former for its frames, and its own released file.
+"""Video-LLaMA from files: BLIP-2's Q-Former for its frames, and its own released files, one for each branch.
 
     weights: {connectors.image.frame: blip2_pretrained_flant5xxl.safetensors}          # where its training begins
-    vlm.load_part("video_llama", "finetune-vicuna7b.pth", allow_pickle=True)           # what it released
+    vlm.load_part("video_llama", "finetune-vicuna7b.pth", allow_pickle=True)           # what it released, both files
 
 Reference: DAMO-NLP-SG/Video-LLaMA 2143b4d ``video_llama.py``. Its file holds, under ``model``, the frame positions, the
 second level (``video_Qformer``, ``video_query_tokens``) and ``llama_proj``; the first level is the Q-Former of BLIP-2's
-Flan-T5-XXL, in LAVIS's names. The rest of such files (their language model, the audio branch) has no place here.
+Flan-T5-XXL, in LAVIS's names. The file of the audio branch holds ``audio_Qformer``, ``audio_query_tokens``,
+``audio_position_embedding`` and ``audio_llama_proj``; ImageBind stands in a file of its own (``encoders.audio``).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from chiasm.convert.rules import AnyRule, Drop, Plan, Rule, rename
 from chiasm.errors import CheckpointError
 
 NAME, FRAME = "video_llama", ".frame"
-HERE = "connectors.image."
+HERE, HEARS = "connectors.image.", "connectors.audio."
 LEVELS = {  # a query transformer of LAVIS, called X, ↔ a level
     "frame": {"X.queries": HERE + "frame_queries", "X.body.": HERE + "frame."},
     "clip": {"X.queries": HERE + "queries", "X.body.": HERE + "clip."},
+    "audio": {"X.queries": HEARS + "queries", "X.body.": HEARS + "body."},
 }
 ELSEWHERE = "belongs to a part that this model does not have, or that is read from its own folder"
 
@@ -54,23 +56,44 @@ def load_frame(model: Any, path: Path, allow_pickle: bool = False) -> Plan:
 
 
 def load(model: Any, path: Path, allow_pickle: bool = False) -> Plan:
-    """Fill what Video-LLaMA trains, and the first level where the file holds it. Raises CheckpointError."""
+    """Fill what Video-LLaMA trains: the branch, or both, of which the file holds something, and the first level where
+    it holds that. Raises CheckpointError.
+    """
     _checked(model, path)
     weights = open_weights(path, allow_pickle)
-    part = [*LEVELS["clip"].values(), HERE + "positions", HERE + "proj."]
+    hears = "audio" in model.connectors and any(name.startswith("audio_") for name in weights.info)
+    part = [*LEVELS["audio"].values(), HEARS + "positions", HEARS + "proj."] if hears else []
+    if not hears or any(name.startswith(("video_", "llama_proj.")) for name in weights.info):
+        part += [*LEVELS["clip"].values(), HERE + "positions", HERE + "proj."]
     rules = [
         *of_level("clip", "video_", "video_query_tokens"),
         rename("video_frame_position_embedding.weight", HERE + "positions"),
         rename("llama_proj.{leaf}", HERE + "proj.{leaf}"),
         *of_level("frame"),
         *maps_blip.lavis_heads(False),
-        *(Drop("video_Qformer.cls.{rest}" if n else "video_Qformer.bert.pooler.{rest}", ELSEWHERE) for n in (0, 1)),
+        *_heads("video_"),
         *(Drop(name + ".{rest}", ELSEWHERE) for name in ("llama_model", "visual_encoder", "ln_vision")),
-        *(Drop(name, ELSEWHERE) for name in ("audio_{rest}", "llama_proj_{rest}")),
+        *(_sound() if hears else [Drop("audio_{rest}", ELSEWHERE)]),
+        Drop("llama_proj_{rest}", ELSEWHERE),
     ]
     if "query_tokens" in weights.info:
         part += LEVELS["frame"].values()
     return load_weights(model, weights, rules, part=tuple(part))
+
+
+def _sound() -> list[AnyRule]:
+    """The rules of the audio branch, ImageBind left out."""
+    return [
+        *of_level("audio", "audio_", "audio_query_tokens"),
+        rename("audio_position_embedding.weight", HEARS + "positions"),
+        rename("audio_llama_proj.{leaf}", HEARS + "proj.{leaf}"),
+        *_heads("audio_"),
+        Drop("audio_encoder.{rest}", ELSEWHERE),
+    ]
+
+
+def _heads(theirs: str) -> list[AnyRule]:
+    return [Drop(f"{theirs}Qformer.{head}." + "{rest}", ELSEWHERE) for head in ("cls", "bert.pooler")]
 
 
 def _placed(name: str, table: dict[str, str]) -> str:

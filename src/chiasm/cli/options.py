@@ -89,13 +89,15 @@ def _exists(word: str) -> bool:
 
 PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aac"}
 
 
 def user_message(files: list[str], text: str) -> dict[str, Any]:
-    """A user turn: the files as image or video parts, then the text."""
+    """A user turn: the files as image, video or audio parts, then the text."""
     content: list[dict[str, Any]] = []
     for file in files:
-        kind = "video" if Path(file).suffix.lower() in VIDEOS else "image"
+        suffix = Path(file).suffix.lower()
+        kind = "video" if suffix in VIDEOS else "audio" if suffix in SOUNDS else "image"
         content.append({"type": kind, kind: file})
     content.append({"type": "text", "text": text})
     return {"role": "user", "content": content}

@@ -1,9 +1,12 @@
-"""Query transformers in levels: frames and then the clip; coarse and then fine.
+"""Query transformers in levels: frames and then the clip; coarse and then fine; and the second level alone.
 
 ``hierarchical`` is Video-LLaMA's (arXiv:2306.02858; reference: DAMO-NLP-SG/Video-LLaMA ``video_llama.py`` 2143b4d):
 the queries of the first level look at each frame; their states get the frame's learned position; the queries of the
 second level look at all of them and are what the language model reads, 32 vectors for a whole clip. There the first
 level is BLIP-2's Q-Former and the second has two layers that both cross (``cross_every=1``).
+
+``timeline`` is that second level without the first, as in Video-LLaMA's branch for sounds: an encoder gives vectors of
+each piece, each gets its piece's learned position, and a few queries look at all of them.
 
 ``multiscale`` is the project's source documents' other hierarchy, of which no published system was found: the same
 queries run through one query transformer for each scale of the picture's map, the coarsest first; what they found
@@ -68,23 +71,75 @@ class Hierarchical(Connector):
         """``x [all frames, N, D_in]`` with ``runs``, the frames of each clip → ``[clips, K, D_out]``."""
         tokens = only(tokens, "hierarchical")
         runs = tokens.runs or (1,) * len(tokens.x)
-        self._fits(runs)
+        _fits(runs, self.config.frames, "hierarchical")
         each = self.frame(self.frame_queries.expand(len(tokens.x), -1, -1), tokens)  # [all frames, K1, D1]
-        places = torch.cat([self.positions[:n] for n in runs])  # [all frames, D1]
-        placed = each + places.unsqueeze(1)  # [all frames, K1, D1]
-        clips = [run.flatten(0, 1) for run in placed.split(list(runs))]  # each [frames*K1, D1]
-        longest = torch.arange(max(len(clip) for clip in clips), device=placed.device)
-        mask = torch.stack([longest < len(clip) for clip in clips])  # [clips, longest]
-        memory = Tokens(pad_sequence(clips, batch_first=True), mask if len(set(runs)) > 1 else None)
-        states = self.clip(self.queries.expand(len(clips), -1, -1), memory)  # [clips, K, D2]
+        memory = placed(each, self.positions, runs)  # [clips, longest*K1, D1]
+        states = self.clip(self.queries.expand(len(runs), -1, -1), memory)  # [clips, K, D2]
         return Tokens(self.proj(states))  # [clips, K, D_out]
 
-    def _fits(self, runs: Sequence[int]) -> None:
-        if max(runs) > self.config.frames:
-            raise DataError(
-                f"a clip of {max(runs)} frames does not fit the {self.config.frames} frame positions of connector "
-                "'hierarchical'; sample fewer frames, or train with more positions"
-            )
+
+@register("connector", "timeline")
+class Timeline(Connector):
+    """Positions for the units of a medium, queries that look at all units, one linear layer."""
+
+    class Config(BodyConfig, ConnectorConfig):
+        """``units`` is the number of positions; the rest are the sizes of the query transformer."""
+
+        type: str = "timeline"
+        units: PositiveInt = 8
+        queries: PositiveInt = 8
+        depth: PositiveInt = 2
+        cross_every: PositiveInt = 1
+
+        def count(self, source: Count | Mapping[str, Count]) -> Count:
+            """As many as there are queries, for a whole medium."""
+            only(source, "timeline")
+            return Count(self.queries)
+
+        @property
+        def joins_units(self) -> bool:
+            """The pieces of a medium become one."""
+            return True
+
+    def __init__(self, config: Config, in_dims: Mapping[str, int], out_dim: int):
+        super().__init__()
+        self.config = config
+        dim = sole(in_dims, "timeline")
+        self.positions = nn.Parameter(torch.randn(config.units, dim))  # as nn.Embedding starts
+        self.queries = nn.Parameter(torch.randn(config.queries, config.dim) * 0.02)
+        self.body = QueryTransformer(config, dim)
+        self.proj = nn.Linear(config.dim, out_dim)
+
+    def forward(self, tokens: Tokens | Mapping[str, Tokens], cond: Condition | None = None) -> Tokens:
+        """``x [all units, N, D_in]`` with ``runs``, the units of each medium → ``[media, K, D_out]``."""
+        tokens = only(tokens, "timeline")
+        runs = tokens.runs or (1,) * len(tokens.x)
+        _fits(runs, self.config.units, "timeline")
+        memory = placed(tokens.x, self.positions, runs)  # [media, longest*N, D_in]
+        states = self.body(self.queries.expand(len(runs), -1, -1), memory)  # [media, K, D]
+        return Tokens(self.proj(states))  # [media, K, D_out]
+
+
+def placed(x: Tensor, positions: Tensor, runs: Sequence[int]) -> Tokens:
+    """``x [all units, N, D]`` with the ``positions [P, D]`` of each unit in its run → ``[media, longest·N, D]``.
+
+    Shorter runs are filled up with zeros that are masked.
+    """
+    places = torch.cat([positions[:n] for n in runs])  # [all units, D]
+    media = [run.flatten(0, 1) for run in (x + places.unsqueeze(1)).split(list(runs))]  # each [units*N, D]
+    longest = torch.arange(max(len(medium) for medium in media), device=x.device)
+    mask = torch.stack([longest < len(medium) for medium in media])  # [media, longest*N]
+    return Tokens(pad_sequence(media, batch_first=True), mask if len(set(runs)) > 1 else None)
+
+
+def _fits(runs: Sequence[int], positions: int, owner: str) -> None:
+    """Raises DataError where a medium has more units than there are positions."""
+    if max(runs) > positions:
+        noun, remedy = ("frames", "frame ") if owner == "hierarchical" else ("units", "")
+        raise DataError(
+            f"a clip of {max(runs)} {noun} does not fit the {positions} {remedy}positions of connector {owner!r}; "
+            f"sample fewer {noun}, or train with more positions"
+        )
 
 
 @register("connector", "multiscale")

@@ -76,6 +76,8 @@ def _source(config: TurnsConfig, template: TurnsTemplate) -> str:
         raise CheckpointError(
             "export: a template that leaves out the user's text (user_text=False) is none to chat with"
         )
+    if config.wraps:
+        raise CheckpointError("export: a chat template of transformers writes one text around all media, not wraps")
 
     def text(value: str) -> str:
         return json.dumps(template._fill(value), ensure_ascii=False)

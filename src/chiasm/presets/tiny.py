@@ -18,6 +18,7 @@ QUARTER = 4  # a tiny tower sees a quarter of the patches a side
 TOWER = {"dim": 32, "depth": 3, "heads": 4, "mlp": 64, "patch": PATCH}
 BODY = {"dim": 32, "heads": 4, "mlp": 64}
 QFORMER = BODY | {"queries": 8, "depth": 3}
+SOUND = {"dim": 32, "depth": 2, "heads": 4, "mlp": 64, "patch": 4, "stride": 3, "bins": 16, "frames": 25, "out": 24}
 RESAMPLER = {"queries": 8, "depth": 2, "heads": 2, "head_dim": 8}
 HF: dict[str, dict[str, Any]] = {  # by transformers' model_type
     "opt": {
@@ -45,8 +46,13 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
     model, media = dump["model"], dump["processing"]["media"]
     sizes = {}
     for name, encoder in model["encoders"].items():
+        if encoder["type"] == "imagebind_audio":
+            encoder.update(SOUND)
+            continue
         if encoder["type"] != "vit":
-            raise ConfigError(f"encoder {name!r} is of type {encoder['type']!r}: only 'vit' has a tiny form")
+            raise ConfigError(
+                f"encoder {name!r} is of type {encoder['type']!r}: only 'vit' and 'imagebind_audio' have a tiny form"
+            )
         small = tiny_side(encoder["image_size"], encoder["patch"])
         sizes[encoder["image_size"]] = small
         encoder.update(TOWER, image_size=small)
@@ -61,6 +67,9 @@ def tiny(config: VLMConfig, vocab: int = VOCAB) -> VLMConfig:
     if model.get("start") is not None:  # of texts that a first stage writes
         model["start"] = vocab - 1
     for front_end in media.values():
+        if front_end["type"] == "audio":
+            front_end.update(bins=SOUND["bins"], frames=SOUND["frames"], clips=2, seconds=0.25)
+            continue
         _shrink(front_end.get("image", front_end), sizes)
         if "frames" in front_end:
             front_end["frames"] = min(front_end["frames"], 4)
@@ -79,6 +88,8 @@ def _shrink_connector(connector: dict[str, Any], vocab: int) -> None:
         connector.update(frame_queries=8, queries=8)
         for level in ("frame", "clip"):
             connector[level].update(BODY, depth=min(connector[level]["depth"], 3))
+    elif connector["type"] == "timeline":
+        connector.update(BODY, queries=4)
     elif connector["type"] == "gate":
         _shrink_connector(connector["then"], vocab)
 

@@ -101,7 +101,7 @@ def _opened(data: Any, place: Place, max_pixels: int) -> Iterator[tuple[Pillow.I
     elif isinstance(data, (bytes, bytearray, memoryview)):
         yield _from_bytes(bytes(data), f"({len(data)} bytes)", place, max_pixels)
     elif isinstance(data, str) and data[:5].lower() == "data:":
-        yield _from_bytes(_data_url(data, place), f"({_short(data, 40)})", place, max_pixels)
+        yield _from_bytes(data_url(data, place), f"({_short(data, 40)})", place, max_pixels)
     elif isinstance(data, (str, Path)):
         name = repr(_short(str(data)))
         with open_file(data, place, "picture") as stream:
@@ -196,7 +196,8 @@ def _checked(image: Pillow.Image, name: str, place: Place, max_pixels: int) -> t
     return image, name
 
 
-def _data_url(url: str, place: Place) -> bytes:
+def data_url(url: str, place: Place) -> bytes:
+    """The bytes that a data URL holds. Raises DataError."""
     head, comma, body = url.partition(",")
     try:
         if not comma:

@@ -10,4 +10,5 @@ from chiasm.data.sources import parquet as parquet
 from chiasm.data.sources import photos as photos
 from chiasm.data.sources import playground as playground
 from chiasm.data.sources import shots as shots
+from chiasm.data.sources import tones as tones
 from chiasm.data.sources import webdataset as webdataset

@@ -32,7 +32,7 @@ class Messages(RecordSource):
     """Conversations as they are. An unknown key is an error. Records are read by number."""
 
     Config = MessagesConfig
-    marks = (b'"image"', b'"image_url"', b'"video"')
+    marks = (b'"image"', b'"image_url"', b'"video"', b'"audio"')
 
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
