@@ -136,7 +136,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML ({_one_line(error)})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, a table of keys was expected")
+        held = "is empty" if values is None else f"holds {type(values).__name__}"
+        raise ConfigError(f"{path}: {held}, a table of keys was expected")
     return _numbers(values)
 
 

@@ -61,6 +61,9 @@ def get(kind: str, name: str) -> Any:
         module, _, attribute = name.partition(":")
         try:
             return getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            where = "its folder must be on Python's path: PYTHONPATH=FOLDER before the command, or an installed package"
+            raise RegistryError(f"{kind} {name!r} cannot be imported: {error}; {where}") from error
         except (ImportError, AttributeError) as error:
             raise RegistryError(f"{kind} {name!r} cannot be imported: {error}") from error
     _fill(kind)

@@ -356,8 +356,8 @@ def reader_of(values: Any, path: Path) -> Reader:
 
 
 def unit_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of a unit of each kind of media that the network takes and whose front end gives units of one shape."""
-    shapes = {kind: front.unit_shape for kind, front in config.processing.media.items()}
+    """The shape of a unit of each kind of media that the network takes, where its front end names one."""
+    shapes = {kind: front.sample_shape for kind, front in config.processing.media.items()}
     return {kind: shape for kind, shape in shapes.items() if shape is not None and kind in config.model.media}
 
 

@@ -46,7 +46,10 @@ class MapHead(Connector):
         self.config = config
         dim = sole(in_dims, "map_head")
         if dim != out_dim:
-            raise ConfigError(f"connector 'map_head' keeps the width, {dim}, but {out_dim} is wanted; set dim={dim}")
+            raise ConfigError(
+                f"connector 'map_head' keeps the width, {dim}, but {out_dim} is wanted; make the two equal "
+                f"(dim={dim} in a dual_tower), or take a connector that maps widths"
+            )
         self.probe = nn.Parameter(torch.empty(dim))
         self.attn = CrossAttention(dim, config.heads)
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps)

@@ -17,7 +17,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from chiasm.encoders.base import Encoder, EncoderConfig
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, DataError
 from chiasm.nn.again import call
 from chiasm.nn.attention import Attention
 from chiasm.nn.mlp import MLP
@@ -68,7 +68,9 @@ class Bert(Encoder):
             return self
 
         def count(self, shape: tuple[int, ...]) -> Count:
-            """One vector a token of a text of ``shape (T,)``."""
+            """One vector a token of a text of ``shape (T,)``. Raises DataError for what is no text."""
+            if len(shape) != 1:
+                raise DataError(f"encoder 'bert' reads the ids of a text, of shape (T,), got {tuple(shape)}")
             return Count(shape[0])
 
     def __init__(self, config: Config):

@@ -52,7 +52,9 @@ class TextEncoder(Encoder):
             return self
 
         def count(self, shape: tuple[int, ...]) -> Count:
-            """One vector a token of a text of ``shape (T,)``."""
+            """One vector a token of a text of ``shape (T,)``. Raises DataError for what is no text."""
+            if len(shape) != 1:
+                raise DataError(f"encoder 'text' reads the ids of a text, of shape (T,), got {tuple(shape)}")
             return Count(shape[0])
 
     def __init__(self, config: Config):

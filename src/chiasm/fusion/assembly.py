@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,9 +10,9 @@ import torch
 from chiasm import registry
 from chiasm.connectors.base import Connector
 from chiasm.encoders.base import Encoder
-from chiasm.errors import ConfigError, nearest
+from chiasm.errors import ChiasmError, ConfigError, nearest
 from chiasm.lm.base import LM
-from chiasm.types import Condition, Layout
+from chiasm.types import Condition, Layout, Tokens
 
 
 def assemble(
@@ -26,11 +27,21 @@ def assemble(
     lm = registry.get("lm", config.lm.type)(config.lm)
     connectors = {}
     for name, c in config.connectors.items():
-        in_dims = {source: encoders[source].dim for source in _sources(config, name)}
+        in_dims = {source: _width(source, encoders[source]) for source in _sources(config, name)}
         own = next(iter(in_dims.values()))
         out_dim = width if isinstance(width, int) else {"lm": lm.dim, "encoder": own}[width]
-        connectors[name] = registry.get("connector", c.type)(c, in_dims=in_dims, out_dim=out_dim)
+        try:
+            connectors[name] = registry.get("connector", c.type)(c, in_dims=in_dims, out_dim=out_dim)
+        except ConfigError as error:
+            raise ConfigError(f"{_named(config, name, tuple(in_dims))}, lm {config.lm.type!r}: {error}") from None
     return encoders, connectors, lm
+
+
+def _width(name: str, encoder: Encoder) -> int:
+    """The width of an encoder. Raises ConfigError where it does not say it."""
+    if not isinstance(getattr(encoder, "dim", None), int):
+        raise ConfigError(f"encoder {name!r} ({type(encoder).__name__}) sets no dim, the width of its vectors")
+    return encoder.dim
 
 
 def check_streams(config: Any) -> None:
@@ -46,21 +57,39 @@ def check_stream(model: Any, kind: str, shape: tuple[int, ...]) -> None:
 
     Meant for a model on the meta device, where running costs nothing. Raises ConfigError with both numbers.
     """
+    stream = model.config.stream(kind)
+    try:
+        _tried(model, kind, shape)
+    except (ChiasmError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError):
+            error = ConfigError("a Config without count(): it says how many tokens come out before anything runs")
+        told = f"{_named(model.config, stream.connector, stream.encoders)}, merge {stream.merge.type!r}"
+        raise ConfigError(f"{told}: units of {kind} of shape {shape} do not go through: {error}") from None
+
+
+def _tried(model: Any, kind: str, shape: tuple[int, ...]) -> None:
     config, stream = model.config, model.config.stream(kind)
+    counted = config.unit_count(kind, shape).tokens
+    patches = any(model.encoders[name].reads_layouts for name in stream.encoders)
+    grid, original = ((1, shape[0]), (0, 0)) if patches else ((0, 0), shape[-2:] if len(shape) > 2 else (0, 0))
+    config.count(kind, Layout(1, shape, grid, (original[0], original[1])))
     inputs = torch.empty(1, *shape, device=model.device)
     features = {name: model.encoders[name](inputs) for name in stream.encoders}
     for name, tokens in features.items():
+        _sound(f"encoder {name!r}", tokens, model.encoders[name].dim)
         _compare(f"encoder {name!r}", kind, shape, config.encoders[name].count(shape).tokens, tokens.x.shape[1])
+        tokens.mask = None if patches else tokens.mask  # a unit alone is not filled up
     if stream.pool and stream.pool_at == "before":
         features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
     connector = model.connectors[stream.connector]
     cond = blank_condition(1, model.device) if config.connectors[stream.connector].conditioned else None
     tokens = connector(features if len(features) > 1 else next(iter(features.values())), cond)
+    lm = getattr(model, "lm", None)  # a first stage has none: its heads read the width as it is
+    width = getattr(model, "width", tokens.x.shape[-1] if lm is None else lm.dim)
+    _sound(f"connector {stream.connector!r}", tokens, width)
     if stream.pool and stream.pool_at == "after":
         tokens = stream.pool.apply(tokens)
-    counted = config.unit_count(kind, shape).tokens
     _compare(f"connector {stream.connector!r}", kind, shape, counted, tokens.x.shape[1])
-    config.count(kind, Layout(1, shape, original=(shape[-2], shape[-1]) if len(shape) > 2 else (0, 0)))
 
 
 def blank_condition(items: int, device: Any) -> Condition:
@@ -82,6 +111,20 @@ def _sources(config: Any, connector: str) -> tuple[str, ...]:
         if source not in config.encoders:
             raise ConfigError(f"connector {connector!r} reads encoder {source!r}; {nearest(source, config.encoders)}")
     return sources
+
+
+def _named(config: Any, connector: str, encoders: Sequence[str]) -> str:
+    """A connector and what feeds it, by name and type."""
+    sources = ", ".join(f"{name!r} ({config.encoders[name].type})" for name in encoders)
+    return f"connector {connector!r} ({config.connectors[connector].type}) behind encoder {sources}"
+
+
+def _sound(owner: str, tokens: Any, width: int) -> None:
+    """Raise ConfigError for what is not ``Tokens(x [1, N, width])``: a part of somebody's own is not done yet."""
+    if not isinstance(tokens, Tokens):
+        raise ConfigError(f"{owner} gave {type(tokens).__name__}: its forward returns chiasm.types.Tokens(x [U, N, D])")
+    if tokens.x.ndim != 3 or tokens.x.shape[0] != 1 or tokens.x.shape[2] != width:
+        raise ConfigError(f"{owner} gave x {list(tokens.x.shape)} for one unit, [1, N, {width}] was expected")
 
 
 def _compare(owner: str, kind: str, shape: tuple[int, ...], counted: int, produced: int) -> None:

@@ -129,7 +129,8 @@ class CrossAttention(Splice):
         super().__init__(config, encoders, connectors, lm)
         if not lm.depth:
             raise ConfigError(
-                f"lm {config.lm.type!r} has no place for cross-attention between its layers: use lm 'decoder' or 'gpt'"
+                f"{config.type}: lm {config.lm.type!r} has no place for cross-attention between its layers: use lm "
+                "'decoder' or 'gpt'"
             )
         self.places = config.placement.places(lm.depth)
         self.width: int = config.width or next(iter(encoders.values())).dim

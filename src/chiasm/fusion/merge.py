@@ -212,7 +212,10 @@ class Frames(Merge):
 
 def _grid(unit: Count) -> tuple[int, int]:
     if unit.grid is None:
-        raise ConfigError(f"this merge needs units whose tokens form a grid; {unit.tokens} tokens came without one")
+        raise ConfigError(
+            f"this merge needs units whose tokens form a grid; {unit.tokens} tokens came without one: "
+            "take merge 'flat', or a connector that keeps the encoder's grid"
+        )
     return unit.grid
 
 

@@ -25,6 +25,7 @@ from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.fusion.assembly import assemble, check_stream, check_streams
 from chiasm.fusion.base import Asked, Fusion, FusionConfig, check_asked
 from chiasm.fusion.pool import Pool
+from chiasm.fusion.ragged import alike, look
 from chiasm.lm.base import LM
 from chiasm.types import Batch, Condition, Count, Layout, MediaBatch, Output, Tokens
 
@@ -132,15 +133,23 @@ class Splice(Fusion):
 
     def encode(self, kind: str, media: MediaBatch, ids: list[str], named: dict[str, Any]) -> Tensor:
         """All media of a kind → their vectors ``[sum of counts, D]``. Raises DataError where a count is not kept."""
+        runs: list[Any] = [None] * len(media.layouts)
+        for items, same in alike(media, self.config.encoders):
+            for item, run in zip(items, self._encode(kind, same, ids, named), strict=True):
+                runs[item] = run
+        named[f"{kind}/merged"] = runs
+        return torch.cat(runs)  # [sum of counts, D]
+
+    def _encode(self, kind: str, media: MediaBatch, ids: list[str], named: dict[str, Any]) -> list[Tensor]:
+        """Media of one size → a run ``[M, D]`` for each."""
         stream = self.config.stream(kind)
-        features = media.features or {n: self.encoders[n](media.inputs) for n in stream.encoders}  # each [U, N, D_in]
+        features = media.features or {n: look(self.encoders[n], media) for n in stream.encoders}  # each [U, N, D_in]
         named[f"{kind}/features"] = _one_or_all(features)
         if stream.pool and stream.pool_at == "before":
             features = {name: stream.pool.apply(tokens) for name, tokens in features.items()}
         tokens = self.connectors[stream.connector](*self._handed(stream, media, features, ids))  # [U, N', D]
         named[f"{kind}/projected"] = tokens
-        named[f"{kind}/merged"] = runs = self.merge(kind, media, tokens, ids)
-        return torch.cat(runs)  # [sum of counts, D]
+        return self.merge(kind, media, tokens, ids)
 
     def merge(self, kind: str, media: MediaBatch, tokens: Tokens, ids: list[str]) -> list[Tensor]:
         """Projected tokens ``[U, N', D]`` → a run ``[M, D]`` for each medium. Raises DataError, as ``encode`` does."""

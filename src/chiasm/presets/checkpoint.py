@@ -36,7 +36,7 @@ def table_of(folder: Path) -> Any:
         return {TENSORS: tuple(open_weights(folder).info)}
     for archive in folder.glob("*.pt"):
         refuse_program(archive)
-    return read_json(folder / "config.json")
+    raise CheckpointError(f"{folder / 'config.json'} is missing: this folder holds no model")
 
 
 @dataclass(frozen=True)

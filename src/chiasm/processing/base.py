@@ -17,8 +17,13 @@ class FrontEndConfig(PartConfig):
 
     @property
     def unit_shape(self) -> tuple[int, ...] | None:
-        """The shape of one unit where all have the same, so that a built model's counts can be checked; else None."""
+        """The shape of one unit where all have the same; else None."""
         return None
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """The shape of a unit of some size, with which a built model's parts and counts are tried; None: not tried."""
+        return self.unit_shape
 
 
 @dataclass(frozen=True)

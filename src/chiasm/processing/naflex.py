@@ -47,6 +47,11 @@ class NaFlexFrontEnd(FrontEnd):
         alpha: Alpha = "drop"
         max_pixels: int = Field(default=PILLOW_LIMIT, ge=1, le=PILLOW_LIMIT)
 
+        @property
+        def sample_shape(self) -> tuple[int, ...]:
+            """That of a picture with all the patches there may be."""
+            return (self.patches, self.patch**2 * 3)
+
         def grid(self, height: int, width: int) -> tuple[int, int]:
             """Rows and columns of the patches of a picture, by halving the range of scales as the reference does."""
             low, high = CLOSE / 10, 100.0
