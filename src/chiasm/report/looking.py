@@ -27,7 +27,7 @@ LONGEST = 320  # pixels of a shown picture's longer side
 CELL, GAP, LABEL, ACROSS = 84, 6, 16, 9  # of a sheet: a picture's side, white between, the line above it, in a row
 MOST_QUERIES = 64  # of a sheet
 # Heat from nothing to all: colour, and how much of the picture it covers (0 to 255).
-_STOPS = np.array([[20, 10, 60, 90], [90, 20, 130, 150], [210, 50, 90, 190], [250, 140, 30, 215], [255, 240, 120, 235]])
+_STOPS = np.array([[60, 20, 120, 0], [100, 20, 130, 80], [210, 50, 90, 140], [250, 130, 30, 180], [255, 220, 50, 205]])
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ export function panel({ answer, request, pictures, key, done }) {
     { ariaLabel: "Where the model looked" },
     make("div.bar", {}, make("b", {}, "Where it looked"), make("span.choice", {}, ...methods), slider, close),
     words,
-    make("div.row", {}, whole, told),
+    make("div.row", {}, whole, told, make("span.scale", { ariaHidden: "true" }, "less", make("i"), "more")),
     frames,
   );
   return { node, start: () => choose(null) };
@@ -116,12 +116,12 @@ function colour(canvas, map) {
   brush.putImageData(pixels, 0, 0);
 }
 
-const STOPS = [
-  [0, [20, 10, 60, 90]],
-  [0.25, [90, 20, 130, 150]],
-  [0.5, [210, 50, 90, 190]],
-  [0.75, [250, 140, 30, 215]],
-  [1, [255, 240, 120, 235]],
+const STOPS = [ // .scale in style.css shows the same
+  [0, [60, 20, 120, 0]],
+  [0.25, [100, 20, 130, 80]],
+  [0.5, [210, 50, 90, 140]],
+  [0.75, [250, 130, 30, 180]],
+  [1, [255, 220, 50, 205]],
 ];
 const RAMP = Array.from({ length: 256 }, (_, value) => {
   const t = value / 255;
