@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -17,7 +18,10 @@ from chiasm.data.base import Example
 from chiasm.data.mixture import Entry, HeldOut, Mixture
 from chiasm.errors import ConfigError, DataError
 from chiasm.eval import compare, evaluate, evaluate_recipe, held_out
+from chiasm.eval.runner import Answer, Comparison, Result
+from chiasm.eval.write import choose, with_queries
 from chiasm.report.curve import Line, curve
+from chiasm.report.run import picture_urls
 from chiasm.train import Recipe, train
 from chiasm.train.loop import StageRun
 from chiasm.train.recipe import Stage
@@ -166,6 +170,24 @@ def test_what_a_run_leaves(finished):
     for (name, a), (_, b) in zip(vlm.named_parameters(), again.named_parameters(), strict=True):
         assert a.equal(b), name
     assert len(again.config.provenance.history) >= 2
+
+
+def test_examples_of_one_id_are_shown_with_their_own_pictures(finished):
+    """As in LLaVA's files, where an id is that of the picture: and two sources may use the same ids."""
+    folder, _, vlm = finished
+    data = Mixture({name: Entry(source=source(folder)) for name in ("one", "two")})
+    examples = [replace(data[ref], id="same") for ref in data.first(3)]
+    answers = [Answer("same", e.source, "", f"q{i}", f"a{i}", ("red",), 1.0) for i, e in enumerate(examples)]
+    others = [replace(a, prediction=f"b{i}") for i, a in enumerate(answers)]
+    result = Comparison(Result(answers, {}), Result(others[:2] + others[3:], {}))
+    chosen = choose(result, examples, 99)
+    assert {card.prediction: example for card, example in chosen} == {f"a{i}": e for i, e in enumerate(examples)}
+    assert {c.prediction: c.shuffled for c, _ in chosen} == {
+        **{"a0": "b0", "a1": "b1", "a2": None},
+        **{f"a{i}": f"b{i}" for i in (3, 4, 5)},
+    }
+    assert all(card.pictures == picture_urls(example) for card, example in chosen)
+    assert [card.question for card in with_queries(vlm, chosen)] == [card.question for card, _ in chosen]
 
 
 def test_report_is_one_page_and_escapes(finished):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import chiasm
 from chiasm.data.base import Example
 from chiasm.errors import ConfigError, DataError
 from chiasm.eval.pairs import compare_pairs, compares
-from chiasm.eval.runner import Comparison, Ranks, compare, held_out, question
+from chiasm.eval.runner import Answer, Comparison, Ranks, compare, held_out, question
 from chiasm.processing.fingerprint import fingerprint
 from chiasm.report.looking import queries_of
 from chiasm.report.run import Shown, StageReport, picture_urls, sheet_url, write_report
@@ -94,18 +95,21 @@ def write_run_report(
     """
     out = Path(out)
     stages = [StageReport.read(out / s.name, s.dump()) for s in recipe.stages if (out / s.name / "log.jsonl").is_file()]
-    cards = choose(comparison, examples or [], shown) if comparison else []
-    if vlm is not None and cards:
-        cards = with_queries(vlm, cards, examples or [])
+    chosen = choose(comparison, examples or [], shown) if comparison else []
+    cards = with_queries(vlm, chosen) if vlm is not None else [card for card, _ in chosen]
     text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
     rows = comparison.rows() if comparison else []
     return write_report(out / "report.html", recipe.name, stages, rows, cards, receipt or {}, text)
 
 
-def choose(comparison: Comparison, examples: list[Example], most: int) -> list[Shown]:
+def choose(comparison: Comparison, examples: list[Example], most: int) -> list[tuple[Shown, Example]]:
     """Examples for the report: in turn from every task, a wrong one after every two right ones where there are such."""
-    by_id = {(e.source, e.id): e for e in examples}
-    other = {(a.source, a.id): a.prediction for a in comparison.shuffled.answers} if comparison.shuffled else {}
+    by_place = dict(zip(_places(examples), examples, strict=True))
+    placed = list(zip(_places(comparison.true.answers), comparison.true.answers, strict=True))
+    of = {id(a): by_place.get(p, by_place.get((*p[:2], 0))) for p, a in placed}  # a search asks twice of an example
+    again = comparison.shuffled.answers if comparison.shuffled else []
+    shuffled = {place: answer.prediction for place, answer in zip(_places(again), again, strict=True)}
+    other = {id(a): shuffled.get(p) for p, a in placed}
     lines: dict[str, list[Any]] = {}
     for answer in comparison.true.answers:
         lines.setdefault(answer.task or answer.source, []).append(answer)
@@ -118,32 +122,43 @@ def choose(comparison: Comparison, examples: list[Example], most: int) -> list[S
             right, wrong = right[2:], wrong[1:]
         queues.append(mixed)
     chosen = [queue[i] for i in range(max(map(len, queues), default=0)) for queue in queues if i < len(queue)][:most]
-    return [
-        Shown(
-            id=a.id,
-            task=a.task or a.source,
-            question=a.question,
-            prediction=a.prediction,
-            target=a.answers[0],
-            score=a.score,
-            shuffled=other.get((a.source, a.id)),
-            pictures=picture_urls(by_id[a.source, a.id]),
-            earlier=_earlier(by_id[a.source, a.id]),
-        )
-        for a in chosen
-        if (a.source, a.id) in by_id
-    ]
+    return [(_card(a, example, other[id(a)]), example) for a in chosen if (example := of[id(a)]) is not None]
 
 
-def with_queries(vlm: Any, cards: list[Shown], examples: list[Example], most: int = 6) -> list[Shown]:
+def _places(items: Sequence[Example | Answer]) -> list[tuple[str, str, int]]:
+    """Source, id, and how many before have the same: ids that come more than once are told apart by their order."""
+    seen: dict[tuple[str, str], int] = {}
+    found = []
+    for item in items:
+        key = (item.source, item.id)
+        found.append((*key, seen.get(key, 0)))
+        seen[key] = seen.get(key, 0) + 1
+    return found
+
+
+def _card(answer: Answer, example: Example, shuffled: str | None) -> Shown:
+    return Shown(
+        id=answer.id,
+        task=answer.task or answer.source,
+        question=answer.question,
+        prediction=answer.prediction,
+        target=answer.answers[0],
+        score=answer.score,
+        shuffled=shuffled,
+        pictures=picture_urls(example),
+        earlier=_earlier(example),
+    )
+
+
+def with_queries(vlm: Any, chosen: list[tuple[Shown, Example]], most: int = 6) -> list[Shown]:
     """The cards, the first ``most`` that have a picture with what each query of the connector looks at."""
-    by_id, found = {e.id: e for e in examples}, []
-    for card in cards:
+    found = []
+    for card, example in chosen:
         sheets: list[str] = []
         if most and card.pictures:
             most -= 1
             with suppress(DataError):  # an example that cannot be asked has no queries to show
-                asked = question(by_id[card.id])[0]
+                asked = question(example)[0]
                 sheets = [sheet_url(picture) for picture in queries_of(vlm, asked, card.id, across=3).values()]
         found.append(replace(card, queries=sheets))
     return found
