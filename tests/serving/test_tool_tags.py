@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving_kit import ready, serving
 from test_tool_templates import FORMS
 from test_tools import ask, read, streamed
 from tool_kit import OTHERS, TIME, model, script, tokens
 
 from chiasm.processing.tagged import TagForm
+from chiasm.serve.calls import joined
 from chiasm.serve.calls_python import PythonCalls
 from chiasm.serve.calls_tags import TagCalls
 from chiasm.serve.values import kinds_of, read_keywords, read_value
@@ -77,6 +81,10 @@ TIMES = {
 INVOKES = TagForm('<calls>\n<invoke name="', '">\n', '<parameter name="', '">', "</parameter>\n", "</invoke>\n</calls>")
 
 
+INVOKED = '<invoke name="weather">\n<parameter name="city">Oslo</parameter>\n</invoke>\n'
+INVOKED = f"<calls>\n{INVOKED}{INVOKED}</calls>"
+
+
 def reader(name: str) -> Any:
     form = FORMS.get(name, INVOKES)
     return (TagCalls if isinstance(form, TagForm) else PythonCalls)(form, NAMES)
@@ -124,8 +132,7 @@ def test_tags_that_models_forget(case: str, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 10_000])
 def test_several_calls_in_one_opening(size: int) -> None:
-    inner = '<invoke name="weather">\n<parameter name="city">Oslo</parameter>\n</invoke>\n'
-    assert read(reader("invokes"), f"<calls>\n{inner}{inner}</calls>", size) == ("", ONE * 2)
+    assert read(reader("invokes"), INVOKED, size) == ("", ONE * 2)
 
 
 NONE = {
@@ -149,6 +156,39 @@ NONE = {
 @pytest.mark.parametrize("size", [1, 4, 10_000])
 def test_what_is_no_call_is_given_out_as_it_is(name: str, text: str, size: int) -> None:
     assert read(reader(name), text, size) == (text, [])
+
+
+PARTS = {
+    name: [*re.split(r"(\s|<[^>]*>|[\[\](),=\"'])", WRITTEN.get(name) or INVOKED), "x", "\n", "<", "weather", "}", '"']
+    for name in (*WRITTEN, "invokes")
+}
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_is_written_reads_alike_however_it_is_cut(name: str, data: st.DataObject) -> None:
+    """Texts of a call's parts in any order, and calls with some parts left out."""
+    parts = PARTS[name]
+    if data.draw(st.booleans()):
+        lost = data.draw(st.sets(st.integers(0, len(parts) - 1), max_size=4))
+        text = "".join(part for place, part in enumerate(parts) if place not in lost)
+    else:
+        text = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=25)))
+    whole, cut = raw(reader(name), text, len(text) + 1), raw(reader(name), text, data.draw(st.integers(1, 5)))
+    assert cut == whole
+
+
+def raw(calls: Any, text: str, size: int) -> Any:
+    """What is read, without reading the arguments."""
+    texts, deltas = [], []
+    for start in range(0, len(text), size):
+        got, new = calls.push(text[start : start + size])
+        texts.append(got)
+        deltas += new
+    got, new = calls.flush()
+    found = [(c["function"]["name"], c["function"]["arguments"]) for c in joined([*deltas, *new])]
+    return "".join([*texts, got]), found, calls.unfinished
 
 
 def test_strings_are_given_out_while_they_are_written() -> None:
