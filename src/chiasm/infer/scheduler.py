@@ -140,6 +140,9 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------ prompts
 
     def _admit(self) -> None:
+        room = self.most - len(self.filling) - len(self.writing)
+        keeps = self.prefixes is not None or self.features is not None
+        state = self.seed() if keeps and room and self.waiting else b""  # of the weights, once for all who come now
         while self.waiting and len(self.filling) + len(self.writing) < self.most:
             job = self.waiting.popleft()
             self.totals["prompt_tokens"] += len(job.prompt)
@@ -151,17 +154,17 @@ class Scheduler:
             else:
                 job.slot = self.slots.take()
                 self.filling.append(job)
-                self._guarded(job, self._open)
+                self._guarded(job, lambda job: self._open(job, state))
 
     def _open_alone(self, job: Job) -> None:
         assert job.alone is not None
         job.steps, job.filled = job.alone(), len(job.prompt)
 
-    def _open(self, job: Job) -> None:
+    def _open(self, job: Job, state: bytes) -> None:
         """Hashes of what the prompt begins with, where anything is remembered."""
         if self.prefixes is None and self.features is None:
             return
-        job.seed = hashlib.sha256(self.seed() + b"\0" + job.salt.encode()).digest()
+        job.seed = hashlib.sha256(state + b"\0" + job.salt.encode()).digest()
         if self.prefixes is not None and self.slots is not None:
             job.keys, job.marks = chain(job.prompt, self.slots.block, job.seed), marks(job.prompt)
 
@@ -202,7 +205,8 @@ class Scheduler:
 
     def _fill(self, slots: Slots) -> None:
         """At most a chunk of the prompts' tokens, the longest waiting first."""
-        left = BESIDE if self.writing else self.chunk
+        # While more wait for a first token than write, a whole chunk: answers that begin together share their steps.
+        left = BESIDE if len(self.writing) >= max(1, len(self.filling)) else self.chunk
         runs: list[tuple[Job, Run]] = []
         pending: set[bytes] = set()
         for job in list(self.filling):

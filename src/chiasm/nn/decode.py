@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chiasm.nn.kernels import KINDS, Matrix, Work, dense, floats, large_pages, library
+from chiasm.nn.kernels import KINDS, Matrix, Work, dense, floats, large_pages, library, tower
 from chiasm.nn.quant import Quantized
 from chiasm.nn.rope import frequency_tables
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROWS, MANY = {torch.float32: 32, torch.bfloat16: 256}, 1 << 20
-"""Tokens up to which this is faster than torch's matrix products; integers are multiplied here, however many."""
+"""Tokens up to which this is faster than torch's matrix products; integers are multiplied here, however many, and
+bfloat16 too where the processor has products of it."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -57,7 +58,8 @@ class Compiled:
         frequencies = frequency_tables(c.rotary, c.rope_theta, c.rope_scaling)[0]
         self.layers, self.work, self.vocab = layers, Work(), lm.vocab
         matrices = [matrix for block in lm.layers for matrix in _matrices(block)]
-        self.rows = min(MANY if type(matrix) is Quantized else ROWS[matrix.weight.dtype] for matrix in matrices)
+        most = ROWS if tower() is None else {**ROWS, torch.bfloat16: MANY}
+        self.rows = min(MANY if type(matrix) is Quantized else most[matrix.weight.dtype] for matrix in matrices)
         head = self._matrix(lm.lm_head) if lm.lm_head is not None else dense(lm.embedding.weight, None, self.keep)
         assert head is not None
         self.keep.append(lm.embedding.weight)

@@ -102,6 +102,97 @@ static void attend(const Query* queries, int64_t count, const T* keys, const T* 
   for (int64_t i = 0; i < count; i++)
     for (int64_t c = 0; c < width; c++) queries[i].out[c] *= inverse[i];
 }
+
+// The same in a cache of bfloat16: queries and shares are rounded to it, and multiplied in pairs without being widened.
+// `asked`: room for the queries, the width rounded up to 32.
+INLINED __m512i row_of(const uint16_t* x, int64_t position, int64_t end, int64_t width, int64_t c) {
+  return position < end && c < width ? some_of(x + position * width + c, width - c) : _mm512_setzero_si512();
+}
+
+template <bool WHOLE>
+INLINED __m512 scores16(const uint16_t* keys, const uint16_t* q, int64_t t, int64_t end, int64_t width) {
+  __m512 sums[16];
+  UNROLLED for (int j = 0; j < 16; j++) sums[j] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < width; c += 32) {
+    const __m512i x = all_of(q + c);
+    UNROLLED for (int j = 0; j < 16; j++)
+      sums[j] = product(sums[j], WHOLE ? all_of(keys + (t + j) * width + c) : row_of(keys, t + j, end, width, c), x);
+  }
+  return sums_of_16(sums);
+}
+
+// Up to N queries' sums of 64 columns of the values, from position `begin` to `end`.
+template <int N>
+static void mix64(const Query* queries, const float* inverse, const uint16_t* values, int64_t begin, int64_t end,
+                  int64_t width, int64_t c) {
+  __m512 sums[N][4];
+  UNROLLED for (int i = 0; i < N; i++)
+    UNROLLED for (int p = 0; p < 4; p++) sums[i][p] = _mm512_setzero_ps();
+  for (int64_t t = begin; t < end; t += 2) {
+    __m512i both[4];
+    UNROLLED for (int p = 0; p < 2; p++) {
+      const __m512i even = row_of(values, t, end, width, c + 32 * p), odd = row_of(values, t + 1, end, width, c + 32 * p);
+      both[2 * p] = _mm512_unpacklo_epi16(even, odd);
+      both[2 * p + 1] = _mm512_unpackhi_epi16(even, odd);
+    }
+    UNROLLED for (int i = 0; i < N; i++) {
+      const __m512i share = _mm512_set1_epi32(((const int32_t*)queries[i].shares)[t / 2]);
+      UNROLLED for (int p = 0; p < 4; p++) sums[i][p] = product(sums[i][p], both[p], share);
+    }
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  UNROLLED for (int i = 0; i < N; i++)
+    UNROLLED for (int p = 0; p < 4; p++) {  // an unpacked vector has four columns of eight
+      const __m512 sum = _mm512_permutex2var_ps(sums[i][p / 2 * 2], p % 2 ? second : first, sums[i][p / 2 * 2 + 1]);
+      _mm512_mask_storeu_ps(queries[i].out + c + 16 * p, lanes_of(width - c - 16 * p),
+                            _mm512_mul_ps(sum, _mm512_set1_ps(inverse[i])));
+    }
+}
+
+static void attend(const Query* queries, int64_t count, const uint16_t* keys, const uint16_t* values, int64_t width,
+                   uint16_t* asked) {
+  const int64_t wide = (width + 31) / 32 * 32, begin = least(queries, count), end = most(queries, count);
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(width))), none = _mm512_set1_ps(-INFINITY);
+  __m512 peaks[QUERIES];
+  for (int64_t i = 0; i < count; i++) {
+    peaks[i] = none;
+    for (int64_t c = 0; c < wide; c += 16)
+      _mm256_storeu_si256((__m256i*)(asked + i * wide + c), halved(load16(queries[i].q + c, lanes_of(width - c))));
+  }
+  for (int64_t t = begin; t < end; t += 16) {
+    const bool whole = t + 16 <= end && wide == width;
+    for (int64_t i = 0; i < count; i++) {
+      const Query& one = queries[i];
+      const uint16_t* q = asked + i * wide;
+      const __mmask16 seen = lanes_of(one.end - t) & ~lanes_of(one.begin - t);
+      const __m512 sums = whole ? scores16<true>(keys, q, t, end, width) : scores16<false>(keys, q, t, end, width);
+      const __m512 scores = _mm512_mask_mul_ps(none, seen, sums, scale);
+      _mm512_storeu_ps(one.shares + t, scores);
+      peaks[i] = _mm512_max_ps(peaks[i], scores);
+    }
+  }
+  float inverse[QUERIES];
+  for (int64_t i = 0; i < count; i++) {
+    const Query& one = queries[i];
+    const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(peaks[i]));
+    __m512 totals = _mm512_setzero_ps();
+    for (int64_t t = begin; t < end; t += 16) {  // shares take half the room of scores, in the same place
+      const __mmask16 seen = lanes_of(one.end - t) & ~lanes_of(one.begin - t);
+      const __m512 e = _mm512_maskz_mov_ps(seen, exp16(_mm512_sub_ps(_mm512_loadu_ps(one.shares + t), peak)));
+      totals = _mm512_add_ps(totals, e);
+      _mm256_storeu_si256((__m256i*)((uint16_t*)one.shares + t), halved(e));
+    }
+    inverse[i] = 1.0f / _mm512_reduce_add_ps(totals);
+  }
+  for (int64_t c = 0; c < width; c += 64)
+    for (int64_t i = 0; i < count; i += 4) switch (count - i) {
+        case 1: mix64<1>(queries + i, inverse + i, values, begin, end, width, c); break;
+        case 2: mix64<2>(queries + i, inverse + i, values, begin, end, width, c); break;
+        case 3: mix64<3>(queries + i, inverse + i, values, begin, end, width, c); break;
+        default: mix64<4>(queries + i, inverse + i, values, begin, end, width, c);
+      }
+}
 #else
 template <class T>
 static void attend(const Query* queries, int64_t count, const T* keys, const T* values, int64_t width, float*) {

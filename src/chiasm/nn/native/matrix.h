@@ -9,24 +9,14 @@
 // are multiplied: 64 bytes are four consecutive weights (int8; eight in int4) of each of the 16 rows, so memory is read
 // from one end to the other, and the 16 sums of a vector need no adding up across it.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define WIDE 1
-#define UNROLLED _Pragma("GCC unroll 16")  // or the sums of a tile would not stay in registers
-#define INLINED static inline __attribute__((always_inline))
-#endif
+#include "numbers.h"
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
-constexpr int64_t PANEL = 16, MOST = 8;  // outputs of a panel; activation rows that pass it at a time
+constexpr int64_t PANEL = 16, MOST = 8, FEW = 4;  // outputs of a panel; activation rows that pass it at a time
 constexpr int64_t AHEAD = 4096;          // bytes of weights that are fetched in advance
 
-// Which of the passes over a panel this is. A single pass fetches weights some way ahead of itself; of several, each
-// fetches its share of the next panel, so that memory is read while the rows of this one are computed.
+// Which of the passes over a panel this is. The first fetches weights some way ahead of itself; others fetch shares of the
+// next panel, a line between some products, so that memory is read while the rows of this one are computed.
 struct Pass {
   int64_t number, of;
 };
@@ -39,32 +29,9 @@ struct Matrix {
   int32_t kind, padding;
 };
 
-static inline float widened(uint16_t x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
+static inline bool large(const Matrix& w) {  // whether a panel and the next do not fit in the first cache together
+  return PANEL * w.stride > 32768;
 }
-
-static inline uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-#ifdef WIDE
-INLINED __m256i halved(__m512 x) {  // 16 numbers, as `narrowed`
-#ifdef __AVX512BF16__
-  return (__m256i)_mm512_cvtneps_pbh(x);
-#else
-  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 none = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), none, _mm512_set1_epi32(0x7fc0)));
-#endif
-}
-#endif
 
 // Activation rows in the form that a kind of weights is multiplied with.
 struct Rows {
@@ -174,13 +141,16 @@ INLINED __m512i some_of(const uint16_t* x, int64_t count) {
 INLINED __m512 all_of(const float* x) { return _mm512_loadu_ps(x); }
 INLINED __m512i all_of(const uint16_t* x) { return _mm512_loadu_si512(x); }
 
-INLINED void fetch(const char* from, int64_t first, int64_t last) {  // lines of 64 bytes
-  for (int64_t line = first; line < last; line++) _mm_prefetch(from + line * 64, _MM_HINT_T0);
-}
+struct Lines {  // what is to be fetched, in lines of 64 bytes
+  const char *next, *end;
+  INLINED_MEMBER void some(int64_t most) {
+    for (int64_t i = 0; i < most && next < end; i++, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+  }
+};
 
 // rows[j][i]: the vectors whose sums are the products of N weight rows and M activation rows, of float32 or bfloat16.
 template <int N, int M, class T>
-INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_t k, bool ahead,
+INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_t k, int64_t each, Lines& lines,
                   __m512 (*rows)[PANEL]) {
   constexpr int64_t LANES = 64 / sizeof(T);
   __m512 sums[M][N];
@@ -188,8 +158,11 @@ INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_
     UNROLLED for (int i = 0; i < N; i++) sums[j][i] = _mm512_setzero_ps();
   int64_t c = 0;
   for (; c + LANES <= k; c += LANES) {
+    if constexpr (N == 1)
+      _mm_prefetch((const char*)(ws + c) + AHEAD, _MM_HINT_T0);
+    else
+      lines.some(each);
     UNROLLED for (int i = 0; i < N; i++) {
-      if (ahead) _mm_prefetch((const char*)(ws + i * step + c) + AHEAD, _MM_HINT_T0);
       const auto weights = all_of(ws + i * step + c);
       UNROLLED for (int j = 0; j < M; j++) sums[j][i] = product(sums[j][i], weights, all_of(xs + j * stride + c));
     }
@@ -203,25 +176,35 @@ INLINED void tile(const T* ws, int64_t step, const T* xs, int64_t stride, int64_
     UNROLLED for (int i = 0; i < N; i++) rows[j][i] = sums[j][i];
 }
 
-// out[j * 16 + i] for `count` weight rows from `n` on and M activation rows from `m` on. A single activation row takes
-// the weights one row after the other, as they lie in memory.
+// The sums of `count` weight rows and M activation rows, N weight rows side by side.
+template <int N, int M, class T>
+static __attribute__((noinline)) void tiles(const T* ws, int64_t step, const T* xs, int64_t stride, int64_t k,
+                                            int64_t count, int64_t each, Lines lines, float* out) {
+  __m512 rows[M][PANEL];
+  int64_t i = 0;
+  for (; i + N <= count; i += N)
+    tile<N, M>(ws + i * step, step, xs, stride, k, each, lines, (__m512(*)[PANEL])&rows[0][i]);
+  if constexpr (N > 1)
+    for (; i < count; i++) tile<1, M>(ws + i * step, step, xs, stride, k, each, lines, (__m512(*)[PANEL])&rows[0][i]);
+  for (; i < PANEL; i++)
+    UNROLLED for (int j = 0; j < M; j++) rows[j][i] = _mm512_setzero_ps();
+  UNROLLED for (int j = 0; j < M; j++) _mm512_storeu_ps(out + j * PANEL, sums_of_16(rows[j]));
+}
+
+// out[j * 16 + i] for `count` weight rows from `n` on and M activation rows from `m` on. The first pass reads one weight
+// row after the other, as they lie in memory, which is twice as fast as four side by side; those after it find them near
+// and take four, which are the fewest loads, and fetch what they can of the next panel where that does not drive this
+// one out.
 template <int M, class T>
 INLINED void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int64_t n, int64_t count, int64_t m,
                    Pass pass, float* out) {
   const T *ws = (const T*)((const char*)w.weights + n * w.stride), *xs = x.data() + m * stride;
   const int64_t step = w.stride / sizeof(T);
-  __m512 rows[M][PANEL];
-  int64_t i = 0;
-  const bool ahead = pass.of == 1;
-  const int64_t lines = (PANEL * w.stride + 63) / 64 / pass.of, begun = pass.number * lines;
-  for (; i + M <= count; i += M) {
-    if (!ahead) fetch((const char*)(ws + PANEL * step), begun + lines * i / PANEL, begun + lines * (i + M) / PANEL);
-    tile<M, M>(ws + i * step, step, xs, stride, w.k, ahead, (__m512(*)[PANEL])&rows[0][i]);
-  }
-  for (; i < count; i++) tile<1, M>(ws + i * step, step, xs, stride, w.k, ahead, (__m512(*)[PANEL])&rows[0][i]);
-  for (; i < PANEL; i++)
-    UNROLLED for (int j = 0; j < M; j++) rows[j][i] = _mm512_setzero_ps();
-  UNROLLED for (int j = 0; j < M; j++) _mm512_storeu_ps(out + j * PANEL, sums_of_16(rows[j]));
+  if (M > FEW || pass.number == 0) return tiles<1, M>(ws, step, xs, stride, w.k, count, 0, {}, out);
+  const int64_t all = large(w) ? 0 : (PANEL * w.stride + 63) / 64, turns = pass.of - 1;
+  const char *next = (const char*)(ws + PANEL * step) + all * (pass.number - 1) / turns * 64;
+  const Lines lines{next, next + all / turns * 64};
+  if constexpr (M <= FEW) tiles<4, M>(ws, step, xs, stride, w.k, count, (2 + turns - 1) / turns, lines, out);
 }
 
 INLINED __m512i dot4(__m512i sums, __m512i u8, __m512i s8) {
@@ -250,7 +233,8 @@ INLINED void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, Pa
   const char* from = (const char*)w.weights + number * steps * 64;
   const float* scales = w.scales + number * PANEL * (FOUR ? x.groups : 1);
   const bool ahead = pass.of == 1;
-  const int64_t lines = steps / pass.of, begun = pass.number * lines;
+  const char* next = from + steps * 64;
+  Lines lines{next + steps * pass.number / pass.of * 64, next + steps * (pass.number + 1) / pass.of * 64};
   const __m512i nibble = _mm512_set1_epi8(15);
   const int8_t* xs[M];
   UNROLLED for (int j = 0; j < M; j++) xs[j] = x.small.data() + (m + j) * x.stride;
@@ -262,8 +246,8 @@ INLINED void panel(const Matrix& w, const Rows& x, int64_t number, int64_t m, Pa
       dots[0][j] = _mm512_set1_epi32(x.starts[(m + j) * x.groups + g]);
       UNROLLED for (int i = 1; i < SPLIT; i++) dots[i][j] = _mm512_setzero_si512();
     }
-    if (!ahead) fetch(from + steps * 64, begun + lines * g / x.groups, begun + lines * (g + 1) / x.groups);
     for (const int64_t end = std::min(s + in_group, steps); s < end; s += SPLIT) {
+      if (!ahead) lines.some(SPLIT);
       UNROLLED for (int i = 0; i < SPLIT; i++) {
         if (ahead) _mm_prefetch(from + (s + i) * 64 + AHEAD, _MM_HINT_T0);
         const __m512i ws = _mm512_loadu_si512(from + (s + i) * 64);
@@ -349,12 +333,21 @@ static inline void block_of(const Matrix& w, const Rows& x, int64_t n, int64_t c
 // many rows.
 static __attribute__((noinline)) int64_t block(const Matrix& w, const Rows& x, int64_t n, int64_t count, int64_t m,
                                                int64_t m0, int64_t m1, float* out) {
-  const int64_t most = w.kind >= INT8 ? 8 : 4, left = m1 - m;
-  const Pass pass{(m - m0) / most, (m1 - m0 + most - 1) / most};
-  if (left >= 8 && most == 8) return block_of<8>(w, x, n, count, m, pass, out), 8;
-  if (left >= 4) return block_of<4>(w, x, n, count, m, pass, out), 4;
-  if (left >= 2) return block_of<2>(w, x, n, count, m, pass, out), 2;
-  return block_of<1>(w, x, n, count, m, pass, out), 1;
+  // Passes of about as many rows each: 9 are 5 and 4, not 8 and 1.
+  const int64_t all = m1 - m0, single = large(w) ? FEW : MOST;
+  const int64_t most = w.kind >= INT8 || all <= single ? MOST : FEW, of = (all + most - 1) / most;
+  const int64_t number = ((m - m0) * of + of - 1) / all, rows = all * (number + 1) / of - (m - m0);
+  const Pass pass{number, of};
+  switch (rows) {
+    case 8: return block_of<8>(w, x, n, count, m, pass, out), 8;
+    case 7: return block_of<7>(w, x, n, count, m, pass, out), 7;
+    case 6: return block_of<6>(w, x, n, count, m, pass, out), 6;
+    case 5: return block_of<5>(w, x, n, count, m, pass, out), 5;
+    case 4: return block_of<4>(w, x, n, count, m, pass, out), 4;
+    case 3: return block_of<3>(w, x, n, count, m, pass, out), 3;
+    case 2: return block_of<2>(w, x, n, count, m, pass, out), 2;
+    default: return block_of<1>(w, x, n, count, m, pass, out), 1;
+  }
 }
 
 // `give(row, first, count, values)` for the outputs n0 .. n1, at most 16 at a time, of the activation rows m0 .. m1.

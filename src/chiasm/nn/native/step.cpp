@@ -58,6 +58,11 @@ struct Work {
   struct Own {
     Rows rows[4][4];
     std::vector<float> scratch, shares, room;
+#ifdef WIDE
+    uint16_t* asked() { return (uint16_t*)room.data(); }
+#else
+    float* asked() { return room.data(); }
+#endif
     std::vector<uint32_t> laid;  // weights of a prompt's product
 #ifdef WIDE
     Seen seen;
@@ -78,7 +83,9 @@ struct Work {
   }
 };
 
-constexpr int64_t WIDEST = 2 * PANEL;  // outputs that a prompt's rows pass together
+// Outputs of a gate that are computed before those beside it: of a prompt as many as its rows pass together, of answers
+// more, for memory is read fastest from end to end.
+constexpr int64_t WIDEST = 2 * PANEL, LONG = 8 * PANEL;
 
 enum Place { INTO_HEADS, INTO_OUT, INTO_MLP, INTO_DOWN };
 
@@ -231,7 +238,7 @@ struct Step {
     if (d.cache_kind == F32)
       attend(queries, count, (float*)layer.keys + at, (float*)layer.values + at, d.width, own.room.data());
     else
-      attend(queries, count, (uint16_t*)layer.keys + at, (uint16_t*)layer.values + at, d.width, own.room.data());
+      attend(queries, count, (uint16_t*)layer.keys + at, (uint16_t*)layer.values + at, d.width, own.asked());
   }
 
   void add(const Matrix& w, const Rows& rows, int thread, int64_t i, int64_t parts) {
@@ -243,7 +250,7 @@ struct Step {
   }
 
   void gated(const Layer& layer, const Rows& rows, int thread, int64_t i, int64_t parts) {
-    const int64_t each = prompt ? WIDEST : PANEL;
+    const int64_t each = prompt ? WIDEST : LONG;
     float* gates = work.own[thread].scratch.data();  // [m, each]
     for (int64_t n = panel_part(d.mlp, i, parts), end = panel_part(d.mlp, i + 1, parts); n < end; n += each) {
       const int64_t last = std::min(n + each, end);
@@ -321,9 +328,9 @@ void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, 
   Rows::grow(work.turns, m * d->rotary);
   if (int64_t(work.own.size()) < threads) work.own.resize(threads);
   for (auto& own : work.own) {
-    Rows::grow(own.scratch, std::max({d->dim, d->heads * d->width, d->mlp, m * d->width, m * WIDEST}));
+    Rows::grow(own.scratch, std::max({d->dim, d->heads * d->width, d->mlp, m * d->width, m * (prompt ? WIDEST : LONG)}));
     Rows::grow(own.shares, QUERIES * (d->capacity + 16));
-    Rows::grow(own.room, 16 * (d->width + 15) + 16);
+    Rows::grow(own.room, 16 * (d->width + 31) + 16);
   }
   for (int64_t row = 0; row < m; row++) {
     float* x = work.x.data() + row * d->dim;
