@@ -70,7 +70,7 @@ def open_model(
 
 def parts(words: tuple[str, ...]) -> tuple[list[str], str | None]:
     """Split ``PICTURE... QUESTION``: the words that name files are pictures, the one that does not is the question."""
-    pictures = [word for word in words if _exists(word) or Path(word).suffix.lower() in PICTURES]
+    pictures = [word for word in words if _exists(word) or Path(word).suffix.lower() in PICTURES | VIDEOS | SOUNDS]
     rest = [word for word in words if word not in pictures]
     if len(rest) > 1:
         raise click.UsageError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from chiasm.cli.options import PICTURES, VIDEOS
+from chiasm.cli.options import PICTURES, SOUNDS, VIDEOS
 
 # A dragged file arrives as its path: in quotes, with escaped blanks, or as a file:// address. Texts hold apostrophes,
 # so quotes count only where a word begins.
@@ -47,7 +47,7 @@ def missing(line: str) -> list[str]:
     """The words of a line that look like pictures or clips and are none that is there."""
     words = (match["single"] or match["double"] or _unescaped(match["bare"]) for match in _WORD.finditer(line))
     names = [word.rstrip("?!.,;:") for word in words]
-    return [name for name in names if Path(name).suffix.lower() in PICTURES | VIDEOS and _file(name) is None]
+    return [name for name in names if Path(name).suffix.lower() in PICTURES | VIDEOS | SOUNDS and _file(name) is None]
 
 
 def _unescaped(word: str) -> str:
@@ -66,7 +66,7 @@ def _file(name: str) -> str | None:
     if not name or len(name) > 4096 or "\0" in name:
         return None
     path = Path(name)
-    if path.suffix.lower() not in PICTURES | VIDEOS:
+    if path.suffix.lower() not in PICTURES | VIDEOS | SOUNDS:
         return None
     try:
         path = path.expanduser()

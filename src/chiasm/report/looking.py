@@ -117,8 +117,8 @@ def sheet(picture: Image.Image, maps: Tensor, across: int = ACROSS) -> Image.Ima
     cells, mean = [("picture", base)], maps.mean(dim=0)
     for name, values in [("mean", mean), *((str(i + 1), m) for i, m in enumerate(maps[:MOST_QUERIES]))]:
         cells.append((f"{name}: {100 * float(values.max()):.0f} %", overlay(base, values)))
-    across = min(len(cells), across)
     down = -(-len(cells) // across)
+    across = -(-len(cells) // down)  # rows of one length, as far as they go
     width, height = size[0] + GAP, size[1] + LABEL + GAP
     page = Image.new("RGB", (across * width - GAP, down * height - GAP), "white")
     draw = ImageDraw.Draw(page)
