@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str | None, float]] = {  # name → (action on the lang
     "lora r=8": ("lora(r=8, alpha=16)", 5e-3),
     "qlora r=8": ("qlora(r=8, alpha=16)", 5e-3),
     "adapter 8": ("adapter(bottleneck=8)", 5e-3),
-    "prefix 16": ("prefix(tokens=16)", 2e-2),
+    "prefix 16": ("prefix(tokens=16)", 8e-2),
     "prompt 16": ("prompt(tokens=16)", 5e-2),
 }
 QUESTIONS = [
@@ -170,6 +170,7 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
     (folder / "methods.json").write_text(json.dumps({"settings": facts, "rows": rows}, indent=1) + "\n")
     error = 200 * (0.25 / options.limit) ** 0.5
     quiet = all("quiet_ms" in row for row in rows if row["plan"] != "nothing")
+    rates = ", ".join(f"{name} {lr:g}" for name, (_, lr) in METHODS.items() if lr)
     lines = [
         "# Training methods, measured",
         "",
@@ -178,8 +179,8 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
         "picture). Then each method teaches that language model to answer questions about pictures, "
         f"{options.steps} steps of 16 samples from that same base; the rest stays frozen. One thread. {options.limit} "
         f"held-out questions of {len(QUESTIONS)} kinds, exact answers: under {error:.0f} points apart is chance. "
-        "Peak is the process's resident memory over that of its imports, most of it the interpreter's own libraries at "
-        "this size. A step's time is the median"
+        f"Learning rates: {rates} (those of prefix and prompt are the best of three). Peak is the process's resident "
+        "memory over that of its imports, most of it the interpreter's own libraries at this size. A step's time is the median"
         + (", on a quiet machine." if quiet else ", on a machine that did other work too."),
         "",
         "| method | plan for `lm` | trained | of all | step, ms | peak, MB | last loss | exact answers |",
