@@ -180,7 +180,8 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
         f"{options.steps} steps of 16 samples from that same base; the rest stays frozen. One thread. {options.limit} "
         f"held-out questions of {len(QUESTIONS)} kinds, exact answers: under {error:.0f} points apart is chance. "
         f"Learning rates: {rates} (those of prefix and prompt are the best of three). Peak is the process's resident "
-        "memory over that of its imports, most of it the interpreter's own libraries at this size. A step's time is the median"
+        "memory over that of its imports, most of it the interpreter's own libraries at this size. "
+        "A step's time is the median"
         + (", on a quiet machine." if quiet else ", on a machine that did other work too."),
         "",
         "| method | plan for `lm` | trained | of all | step, ms | peak, MB | last loss | exact answers |",
