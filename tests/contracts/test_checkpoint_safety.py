@@ -101,6 +101,20 @@ def test_a_changed_tokenizer_is_refused(copy: Path):
         chiasm.load(copy)
 
 
+def test_a_rare_word_is_not_exchanged_in_silence(copy: Path):
+    """No probe holds these two."""
+    path = copy / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocab = values["model"]["vocab"]
+    vocab["Ă"], vocab["ă"] = vocab["ă"], vocab["Ă"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(
+        FingerprintError, match=r"tokenizer.json is not the file that was saved: its SHA-256 was \w{12}, is"
+    ):
+        chiasm.load(copy)
+    assert "SHA-256" in chiasm.load(copy, ignore_fingerprint=True).config.provenance.ignored_fingerprint[0]
+
+
 def test_a_changed_stop_token_is_refused(copy: Path):
     (copy / "generation_config.json").write_text('{"eos_token_id": [1, 77]}')
     with pytest.raises(FingerprintError, match=r"generation stopped at ids \[1\], stops at \[1, 77\] now"):

@@ -367,3 +367,23 @@ def test_language_models_of_transformers(tmp_path: Path, action: str):
     assert cached == fresh
     if "lora" in action:
         assert merge(vlm).gap <= 1e-5
+
+
+def test_a_prefix_in_a_tower_read_at_its_class_vector():
+    """Its last block computes one position, which looks at the prefix as it would among all."""
+    from chiasm.encoders.vit import ViT
+
+    found = []
+    for select in ("cls_patch", "cls"):
+        torch.manual_seed(0)
+        sizes = {"image_size": 16, "patch": 8, "dim": 16, "depth": 2, "heads": 2, "mlp": 32}
+        tower = ViT(ViT.Config(**sizes, select=select))
+        holder = torch.nn.Module()
+        holder.tower = tower
+        prepare(holder, {"*": "prefix(tokens=3)"})
+        torch.manual_seed(1)
+        for p in holder.parameters():
+            p.data.normal_()
+        found.append(tower(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))).x[:, 0])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    assert found[0].abs().mean() > 0.1

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from chiasm.checkpoints.seal import KEY, OLDER, RESTORE, edited, log, seal
+from chiasm.checkpoints.seal import KEY, OLDER, RESTORE, WORDS, edited, log, reworded, seal, words_of
 from chiasm.compose import build_model, install, installed
 from chiasm.convert.engine import load_weights
 from chiasm.convert.io import Weights, open_weights, read_json, replaced_folder, write_json, write_weights
@@ -80,7 +80,7 @@ def save(
         carried = tuple(MethodRecord(method=method, modules=modules) for method, modules in installed(model))
         saved = config.model_copy(update={"weights": {}, "tokenizer": None, "methods": carried})
         printed = {} if processor is None else fingerprint(processor)
-        write_json(aside / FINGERPRINT, printed | {KEY: seal(saved)}, indent=None)
+        write_json(aside / FINGERPRINT, printed | {KEY: seal(saved), WORDS: words_of(aside)}, indent=None)
         write_json(aside / "config.json", saved.dump())
     return folder
 
@@ -154,7 +154,7 @@ def _verified(
     """
     seen = None
     if processor is not None:
-        seen = compare(processor, stored) if stored else f"{FINGERPRINT} is missing"
+        seen = (compare(processor, stored) or reworded(folder, stored)) if stored else f"{FINGERPRINT} is missing"
     built = edited(config, stored) if KEY in stored else None
     differences = [found for found in (seen, built) if found]
     if KEY not in stored and (stored or processor is None):

@@ -6,8 +6,10 @@ holds a copy of what the configuration said of the network, its methods and its 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from chiasm.config import diff
@@ -15,6 +17,8 @@ from chiasm.errors import CheckpointError, ConfigError
 from chiasm.model_config import VLMConfig
 
 KEY = "config"  # in fingerprint.json
+WORDS = "tokenizer_files"  # in fingerprint.json
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "instruction_tokenizer.json")
 SEALED = ("model", "methods", "processing")  # weights and provenance are free
 TOLD = 5  # keys that an error names
 
@@ -33,6 +37,22 @@ def seal(config: VLMConfig) -> dict[str, Any]:
     """What is kept of a configuration, as JSON values."""
     values = config.dump()
     return {key: values[key] for key in SEALED}
+
+
+def words_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the files that say which id each word has, by name."""
+    found = (folder / name for name in VOCABULARIES)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found if path.is_file()}
+
+
+def reworded(folder: Path, stored: Mapping[str, Any]) -> str | None:
+    """The vocabulary's file that is not the one that was saved, or None. Probes alone would miss a rare word."""
+    now = words_of(folder)
+    for name, was in stored.get(WORDS, now).items():
+        if now.get(name) != was:
+            here = now.get(name, "none")
+            return f"{name} is not the file that was saved: its SHA-256 was {was[:12]}, is {here[:12]} now"
+    return None
 
 
 def edited(config: VLMConfig, stored: Mapping[str, Any]) -> str | None:

@@ -76,6 +76,7 @@ def _known_kinds(kinds: tuple[str, ...]) -> None:
 
 def _subject(words: tuple[str, ...], options: dict[str, Any]) -> tuple[Any, Any, str, Path]:
     """The mixture, how each source is rendered, a title and the folder of results."""
+    from chiasm import registry
     from chiasm.config import parse_overrides
     from chiasm.data.check import Way
     from chiasm.data.mixture import Mixture
@@ -87,6 +88,8 @@ def _subject(words: tuple[str, ...], options: dict[str, Any]) -> tuple[Any, Any,
     if "=" not in words[0]:
         if options["model"] or options["max_length"]:
             raise ConfigError("--model and --max-length belong to SOURCE; a recipe has its own: override its keys")
+        if not Path(words[0]).exists() and (":" in words[0] or words[0] in registry.names("source")):
+            raise ConfigError(f"{words[0]} is no recipe; a SOURCE is written type={words[0]}")
         recipe = load_recipe(Path(words[0]), parse_overrides(words[1:]), tiny=options["tiny"])
         return (
             everything(recipe),

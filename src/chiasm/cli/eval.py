@@ -18,6 +18,7 @@ from chiasm.cli.options import MODEL, OVERRIDES, loading, open_model, quantized
 @click.option("--batch-size", default=None, type=click.IntRange(1), help="Default: the recipe's.")
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="Default: the recipe's.")
 @click.option("--no-shuffled", is_flag=True, help="Leave out the control with shuffled pictures.")
+@click.option("--tiny", is_flag=True, help="The recipe's tiny form, as it was trained.")
 @loading
 @quantized
 def command(
@@ -29,6 +30,7 @@ def command(
     batch_size: int | None,
     max_new_tokens: int | None,
     no_shuffled: bool,
+    tiny: bool,
     device: str | None,
     dtype: str | None,
     ignore_fingerprint: bool,
@@ -43,11 +45,12 @@ def command(
     from chiasm.train.distributed import started
     from chiasm.train.model import best_device
 
+    loaded = load_recipe(recipe, parse_overrides(overrides), tiny=tiny)  # its faults are told before a model is read
     with started(best_device(device or "auto")) as ranks:  # under torchrun each rank answers its share
         vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
         evaluate_recipe(
             vlm,
-            load_recipe(recipe, parse_overrides(overrides)),
+            loaded,
             out=out or Path(model) / "eval",
             console=None if ranks.first else Console(quiet=True),
             ranks=ranks if ranks.count > 1 else None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from chiasm.cli.options import MODEL, loading, open_model, parts, quantized, sampling, user_message
+from chiasm.cli.terminal import clean
 
 
 @click.command("generate")
@@ -56,14 +58,17 @@ def command(
         pictures, prompt = parts(words)
         if prompt is None:
             raise click.UsageError(f"{len(pictures)} pictures and no prompt; add the prompt in quotes")
+        if prompt.endswith(".jsonl"):
+            raise click.UsageError(f"{prompt} would be a prompt: give --input {prompt} to answer its lines")
         vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
         messages = [user_message(pictures, prompt)]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         streams = settings["num_beams"] == 1
         answer = vlm.generate(messages, stream=streams, **settings)
+        shown = clean if sys.stdout.isatty() else str  # a file gets what the model wrote, to the letter
         for piece in answer if streams else [answer]:
-            click.echo(piece, nl=False)
+            click.echo(shown(piece), nl=False)
         click.echo()
         return
     vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
@@ -95,8 +100,11 @@ def _file(vlm: Any, source: Path, output: Path | None, size: int, system: str | 
     from chiasm.errors import DataError
 
     rows = [_row(line, number, source) for number, line in enumerate(read_lines(source), 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{source}: holds no line; each is an object with messages")
     head = [] if system is None else [{"role": "system", "content": system}]
-    with click.open_file(str(output) if output else "-", "w") as sink:
+    aside = output and output.with_name(f"{output.name}.part")  # cut off, it is not taken for the whole
+    with click.open_file(str(aside) if aside else "-", "w", encoding="utf-8") as sink:
         for start in track(range(0, len(rows), size), description="generate", disable=output is None):
             group = rows[start : start + size]
             try:
@@ -106,6 +114,8 @@ def _file(vlm: Any, source: Path, output: Path | None, size: int, system: str | 
             for row, text in zip(group, texts, strict=True):
                 sink.write(json.dumps({"id": row["id"], "text": text}, ensure_ascii=False) + "\n")
             sink.flush()
+    if aside and output:
+        aside.replace(output)
 
 
 def _row(line: str, number: int, source: Path) -> dict[str, Any]:

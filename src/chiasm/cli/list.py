@@ -20,6 +20,9 @@ KINDS = [
 ]
 
 
+WIDE = 240
+
+
 @click.command("list")
 @click.argument("kind", type=click.Choice(KINDS), required=False, metavar="[KIND]")
 def command(kind: str | None) -> None:
@@ -34,6 +37,8 @@ def command(kind: str | None) -> None:
     from chiasm import registry
 
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDE  # a file or a pipe gets every name whole
     if kind in (None, "presets"):
         from chiasm.presets import presets
 
@@ -50,4 +55,5 @@ def command(kind: str | None) -> None:
             from chiasm.processing.templates import TEMPLATES
 
             names += sorted(TEMPLATES)  # published ones, which are data of type "turns"
+        names = names or ["none"]
         console.print(f"[bold]{plural}[/]  " + "  ".join(names), soft_wrap=True)

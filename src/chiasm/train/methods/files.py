@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm import compose
-from chiasm.config import Config
+from chiasm.config import Config, diff
 from chiasm.convert import peft
 from chiasm.convert.io import open_weights, read_json, replaced_folder, write_json
 from chiasm.errors import CheckpointError
@@ -94,7 +94,7 @@ def load_adapter(
     if about is None:
         return _theirs_onto(vlm, folder).eval()
     _belongs(vlm, about, folder)
-    tensors = _tensors(folder, vlm)
+    tensors = _tensors(folder, vlm, about)
     compose.install(vlm.model, about.methods)
     _fill(vlm.model, tensors, {*own_parameters(vlm.model), *about.full}, folder)
     vlm.config = vlm.config.model_copy(
@@ -173,6 +173,11 @@ def _belongs(vlm: Any, about: About, folder: Path) -> None:
             f"{folder}: this adapter was trained on a base whose weights have the mark {about.base_mark} "
             f"({about.base or 'built from its configuration'}), those here have {here}: load it onto its own base"
         )
+    for key, (was, found) in diff(about.config.model, vlm.config.model).items():
+        raise CheckpointError(
+            f"{folder}: the adapter was trained on a base whose model.{key} was {was!r}, here it is {found!r}: load it "
+            "onto its own base"
+        )
     if vlm.config.processing.hash() != about.prompt:
         raise CheckpointError(
             f"{folder}: the adapter was trained with processing {about.prompt}, the base here has "
@@ -180,14 +185,24 @@ def _belongs(vlm: Any, about: About, folder: Path) -> None:
         )
 
 
-def _tensors(folder: Path, vlm: Any) -> dict[str, Tensor]:
+def _tensors(folder: Path, vlm: Any, about: About) -> dict[str, Tensor]:
     """All tensors of an adapter folder under our names."""
     found: dict[str, Tensor] = {}
     if (folder / TRAINED).is_file():
         weights = open_weights(folder / TRAINED)
         found = {name: weights.read(name) for name in weights.info}
     if (folder / peft.CONFIG).is_file():
-        found |= _our_tensors(vlm, peft.read(folder))
+        file = peft.read(folder)
+        scales = {
+            method.alpha for method in (record.method for record in about.methods) if isinstance(method, LoRAConfig)
+        }
+        for name, pair in file.layers.items():
+            if pair.alpha not in scales:
+                raise CheckpointError(
+                    f"{folder}: alpha of {name!r} is {pair.alpha} in {peft.CONFIG}, but {ABOUT} says "
+                    f"{', '.join(map(str, sorted(scales)))}: one of them was edited after it was saved; restore it"
+                )
+        found |= _our_tensors(vlm, file)
     return found
 
 
