@@ -30,6 +30,7 @@ MINUTES = {  # of the whole form on two quiet cores, about
     "matching": 15,
     "methods": 60,
     "serve": 20,
+    "stage1": 5,
     "towers": 6,
     "train": 25,
 }
@@ -41,6 +42,7 @@ SMALLEST = {  # what makes each as short as it can be
     "matching": "--samples 64 --held 32 --steps 2 --only ViLT --out {results}",
     "methods": "--steps 2 --base-steps 2 --limit 9 --only lora-r=4 --runs {runs}/methods",
     "serve": "--size tiny --clients 1 --requests 1 --tokens 4 --folder {runs}/serve",
+    "stage1": "--samples 48 --held 24 --steps 2 --lr 1e-3 --hardness 1 --out {results}",
     "towers": "--pictures 4 --repeats 1 --folder 32 --vectors 500",
     "train": "--case parity-tiny-1 --repeats 1",
 }

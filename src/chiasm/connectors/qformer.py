@@ -10,8 +10,10 @@ have none. Three masks over [queries | text] make the three tasks of BLIP-2's fi
 ``unimodal``, ``bidirectional``, ``multimodal_causal``.
 
 Differences by design: queries start as a normal of deviation 0.02, as in LAVIS (transformers starts them at zero: all
-stay equal, and the norm with its epsilon of 1e-12 makes their first gradient huge); the whole runs in the type of the
-model (both references keep it in float32); one masked pass stands for LAVIS's two passes over cached keys, and equals
+stay equal, and the norm with its epsilon of 1e-12 makes their first gradient huge); linear layers start with a
+deviation of ``0.02 √(768 / dim)``: BERT's at BERT's width, and at others as much gets through them (with 0.02 a narrow
+one learns to match much later, ``benchmarks/stage1.py``); the whole runs in the type of the model (both references keep
+it in float32); one masked pass stands for LAVIS's two passes over cached keys, and equals
 them without dropout; dropout is 0 unless asked for (BERT: 0.1), so that accumulated gradients are exact; an
 instruction longer than the positions is refused.
 
@@ -62,6 +64,11 @@ class BodyConfig(Values):
         if self.dim % self.heads:
             raise ConfigError(f"qformer: width {self.dim} cannot be split into {self.heads} heads")
         return self
+
+
+def deviation(dim: int) -> float:
+    """Of the first weights of linear layers of this width: BERT's 0.02 at its 768, and what keeps signals as large."""
+    return 0.02 * (768 / dim) ** 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
@@ -164,12 +171,12 @@ class QueryTransformer(nn.Module):
         self.layers = nn.ModuleList(
             Layer(config, source_dim, crosses=i % config.cross_every == 0) for i in range(config.depth)
         )
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=deviation(config.dim))
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):  # a norm follows: their size has no effect
+                nn.init.normal_(module.weight, std=0.02)
 
     def forward(
         self, queries: Tensor, source: Tokens, text: Condition | None = None, mask: Tensor | None = None

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from chiasm import registry
 from chiasm.config import part
-from chiasm.connectors.qformer import QFormer, multimodal_causal, unimodal
+from chiasm.connectors.qformer import QFormer, deviation, multimodal_causal, unimodal
 from chiasm.encoders.base import Encoder
 from chiasm.errors import ConfigError, DataError, nearest
 from chiasm.fusion.assembly import check_stream
 from chiasm.fusion.base import Asked, Fusion, FusionConfig, check_asked
+from chiasm.fusion.ragged import all_sizes
 from chiasm.fusion.splice import Stream, labelled, last
 from chiasm.types import Batch, Condition, Count, Layout, Output, Tokens
 
@@ -51,7 +52,7 @@ class WordHead(nn.Module):
         self.dense = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocab))
-        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.normal_(self.dense.weight, std=deviation(dim))
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class QueryText(Fusion):
                 )
         assert media is not None
         names = self.config.stream(kind).encoders
-        features = media.features or {name: self.encoders[name](media.inputs) for name in names}
+        features = media.features or {name: all_sizes(self.encoders[name], media) for name in names}
         tokens: Tokens = features[names[0]]
         if named is not None:
             named[f"{kind}/features"] = tokens
