@@ -201,3 +201,10 @@ def test_no_example_comes_again_before_all_came():
     large = torch.cat([mixed.draw(0, epoch) for epoch in range(2)])[:400]
     assert len(set(large.tolist())) == 400
     assert torch.equal(mixed.order(5), mixture(mixing="square_root").order(5))
+
+
+def test_a_part_in_a_command_is_one_name():
+    """``model.weights.connectors.image=FOLDER`` on the command line, and the same written as a table."""
+    dotted = {"model.weights.connectors.image": "a", "model.weights.lm": "b"}
+    recipe = load_recipe(ROOT / "recipes" / "instructblip.yaml", dotted, tiny=True)
+    assert recipe.model.weights == {"connectors.image": "a", "lm": "b"}

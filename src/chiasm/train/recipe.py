@@ -17,6 +17,15 @@ from chiasm.train.sinks import LogSpec
 from chiasm.train.start import Start
 
 
+def flat(table: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """A table without tables inside: their keys are joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{before}{key}"
+        found |= flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return found
+
+
 class ModelSpec(Config):
     """Where the model of a run comes from: exactly one of ``preset``, ``folder`` and ``config``."""
 
@@ -33,6 +42,12 @@ class ModelSpec(Config):
     )  # part ("lm", "encoders.image") → folder its weights are loaded from
     start: Start | None = None  # a trained model whose tensors this one begins with, heads apart
     labels: str | None = None  # a JSON list of texts for processing.labels: the answers, in the order of the classes
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _by_part(cls, value: Any) -> Any:
+        """``model.weights.encoders.image=FOLDER`` in a command nests what is one name here."""
+        return flat(value) if isinstance(value, dict) else value
 
 
 FREE = (
