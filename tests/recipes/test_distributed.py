@@ -22,7 +22,7 @@ from chiasm.data.quarantine import BadSamples
 from chiasm.errors import ChiasmError, DataError
 from chiasm.eval.runner import evaluate
 from chiasm.train import distributed
-from chiasm.train.distributed import ALONE, whole
+from chiasm.train.distributed import ALONE, RankError, whole
 from chiasm.train.loop import Around, StageRun
 from chiasm.train.objectives import objective
 from chiasm.train.probe import Probe
@@ -267,6 +267,15 @@ def test_the_watchdog_says_which_rank_waits_where(tmp_path: Path):
     assert "rank 1: is busy with opening a slow file" in waiting[0]
 
 
+def test_a_rank_whose_other_ended_says_where_to_look():
+    gloo = "[transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:20378. This is typically caused by ..."
+    match = r"rank 1: another rank ended in the middle of the run .* look there first"
+    with pytest.raises(RankError, match=match), distributed.told_apart(1):
+        raise RuntimeError(gloo)
+    with pytest.raises(RuntimeError, match="shapes"), distributed.told_apart(1):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -334,7 +343,13 @@ def run_with_best(folder: Path, mode: str, dtype: str) -> Any:
     return {name: w.clone() for name, w in vlm.state_dict().items()}
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [("replicate", "bf16"), ("shard", "float32"), ("shard", "bf16")])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("shard", "bf16"), pytest.param("shard", "float32", marks=SLOW), pytest.param("replicate", "bf16", marks=SLOW)],
+)
 def test_the_best_model_of_several_ranks_is_whole(tmp_path: Path, mode: str, dtype: str):
     """Written while the model is in pieces: an ordinary folder, with every tensor, of the step that the log names."""
     from chiasm.convert.io import open_weights

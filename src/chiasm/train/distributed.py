@@ -275,6 +275,20 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def told_apart(rank: int) -> Iterator[None]:
+    """Inside, a connection that another rank closed by ending is a RankError: what went wrong is said by that rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("closed by peer", "reset by peer", "Broken pipe")):
+            raise
+        raise RankError(
+            f"rank {rank}: another rank ended in the middle of the run and closed its connection; its own message says "
+            "why: look there first"
+        ) from None
+
+
+@contextmanager
 def started(device: str, mode: Mode = "replicate", patience: float = 600.0) -> Iterator[Any]:
     """The ranks of this job: those of ``torchrun``, of a process group that exists, or this process alone.
 
@@ -294,8 +308,9 @@ def started(device: str, mode: Mode = "replicate", patience: float = 600.0) -> I
 
     ranks = (Shards if mode == "shard" else Ranks)(device, patience)
     try:
-        yield ranks
-        ranks.wait("the end")
+        with told_apart(ranks.rank):
+            yield ranks
+            ranks.wait("the end")
     finally:
         ranks.close()
     if not running:
