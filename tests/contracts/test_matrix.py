@@ -21,17 +21,21 @@ from chiasm import registry
 # What does not fit, as (condition, what is said). The first that holds must be the error; without one it must work.
 NO_TEXT = ("text", "bert")
 MAPS = ("pixel_shuffle", "mqt", "multiscale")  # connectors that need a grid
+JOINED = ("hierarchical", "timeline")  # connectors that join the units of a medium: there are no tiles left
 REFUSED = [
     (lambda c: c["connector"] == "gate", r"connector 'gate' joins two encoders, got 1"),
     (lambda c: c["fusion"] == "cross_attention" and c["lm"] in ("hf", "hf/t5"), r"lm 'hf' has no place for cross"),
-    (lambda c: c["fusion"] == "vokens" and c["lm"] == "hf/t5", r"vokens"),
     (lambda c: c["connector"] == "map_head" and c["encoder"] == "resnet" and c["fusion"] != "cross_attention", "width"),
+    (lambda c: c["fusion"] == "vokens" and c["lm"] == "hf/t5", r"vokens: lm 'hf' is an encoder with a decoder"),
     (lambda c: c["encoder"] in NO_TEXT, r"encoder '\w+' reads the ids of a text, of shape \(T,\), got \(3, 32, 32\)"),
+    (
+        lambda c: c["encoder"] == "naflex" and c["merge"].startswith("spatial") and c["connector"] not in JOINED,
+        "form a grid",
+    ),
     (lambda c: c["connector"] in MAPS and c["encoder"] in ("vit/cls", "vit/cls_patch", "naflex"), "form a grid"),
     (lambda c: c["connector"] == "clip_pool" and c["encoder"] in ("vit/cls", "vit/cls_patch", "naflex"), "reads a map"),
     (lambda c: c["connector"] == "neighbours" and c["encoder"] in ("vit/cls", "vit/cls_patch"), "cannot be joined by"),
     (lambda c: c["connector"] == "dynamic" and c["encoder"] in ("vit/cls", "resnet"), "keeps 5 patches"),
-    (lambda c: c["merge"].startswith("spatial") and c["encoder"] == "naflex", "form a grid"),
 ]
 
 
@@ -123,3 +127,58 @@ def test_pictures_of_several_sizes_in_one_batch(front: str, fusion: str, tokeniz
         torch.testing.assert_close(row, alone, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(together[0], together[3], atol=1e-6, rtol=1e-5)
     assert (together[0] - together[2]).abs().max() > 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------- one vector
+
+POOLS = ("pooled", "map_head", "clip_pool")
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("fusion", ["dual_tower", "classifier"])
+def test_models_of_one_vector(fusion: str, encoder: str, tokenizer: Path):
+    """Towers and classifiers: connectors that pool work, the others are refused by the names of both parts."""
+    pytest.importorskip("transformers")
+    tower, front, _ = ENCODERS[encoder]
+    for connector in ("pooled", "map_head", "clip_pool", "linear", "qformer", "gate"):
+        parts = {"type": connector, **CONNECTORS[connector]}
+        if fusion == "dual_tower":
+            text = {"type": "text", "vocab": 300, "dim": 16, "depth": 1, "heads": 2, "mlp": 20, "positions": 16}
+            words = {"encoders": {"image": tower, "text": text}, "dim": 16, "type": fusion}
+            model = words | {"connectors": {"image": parts, "text": {"type": "pooled", "pool": "last"}}}
+            processing = {"template": {"type": "pair", "length": 16}, "media": {"image": front}}
+        else:
+            model = {"type": fusion, "classes": 16, "encoders": {"image": tower}, "connectors": {"image": parts}}
+            processing = {"template": {"type": "pair", "length": 16, "read": "none"}, "media": {"image": front}}
+        try:
+            vlm = chiasm.build(
+                {"model": model, "processing": processing}, tokenizer=tokenizer if fusion == "dual_tower" else None
+            ).eval()
+        except chiasm.ChiasmError as error:
+            assert encoder in NO_TEXT or connector not in POOLS or connector != "pooled", str(error)
+            assert connector in str(error) or encoder.split("/")[0] in str(error)
+            continue
+        assert connector in POOLS or encoder == "vit/cls"
+        pictures = [picture((60, 20)), picture((20, 60))]
+        found = vlm.embed(images=pictures) if fusion == "dual_tower" else vlm.classify(images=pictures)
+        alone = vlm.embed(images=pictures[:1]) if fusion == "dual_tower" else vlm.classify(images=pictures[:1])
+        assert found.shape == (2, 16) and torch.isfinite(found).all()
+        torch.testing.assert_close(found[:1], alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_classifier_is_told_the_grid_of_each_picture():
+    """NaFlex reads positions by it: a picture of 2 x 6 patches is not one of 1 x 12."""
+    tower, front, _ = ENCODERS["naflex"]
+    model = {"type": "classifier", "classes": 3, "encoders": {"image": tower}, "connectors": {"image": "pooled"}}
+    processing = {"template": {"type": "pair", "length": 16, "read": "none"}, "media": {"image": front}}
+    vlm = chiasm.build({"model": model, "processing": processing}).eval()
+    for parameter in vlm.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    batch = vlm.processor.batch([[{"role": "user", "content": [{"type": "image", "image": picture((60, 20))}]}]])
+    media = batch.media["image"]
+    assert media.layouts[0].grid == (2, 6)
+    network = vlm.model
+    told = network.connectors["image"](network.encoders["image"](media.inputs, media.layouts)).x[:, 0]
+    torch.testing.assert_close(network.classify(batch), told)
+    assert (told - network.connectors["image"](network.encoders["image"](media.inputs)).x[:, 0]).abs().max() > 1e-3

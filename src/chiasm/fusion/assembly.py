@@ -12,6 +12,7 @@ from chiasm.connectors.base import Connector
 from chiasm.encoders.base import Encoder
 from chiasm.errors import ChiasmError, ConfigError, nearest
 from chiasm.lm.base import LM
+from chiasm.nn.modes import evaluating
 from chiasm.types import Condition, Layout, Tokens
 
 
@@ -72,7 +73,8 @@ def _tried(model: Any, kind: str, shape: tuple[int, ...]) -> None:
     counted = config.unit_count(kind, shape).tokens
     patches = any(model.encoders[name].reads_layouts for name in stream.encoders)
     grid, original = ((1, shape[0]), (0, 0)) if patches else ((0, 0), shape[-2:] if len(shape) > 2 else (0, 0))
-    config.count(kind, Layout(1, shape, grid, (original[0], original[1])))
+    merged = getattr(config, "vectors", config.count)  # beside the sequence or in it
+    merged(kind, Layout(1, shape, grid, (original[0], original[1])))
     inputs = torch.empty(1, *shape, device=model.device)
     features = {name: model.encoders[name](inputs) for name in stream.encoders}
     for name, tokens in features.items():
@@ -90,6 +92,25 @@ def _tried(model: Any, kind: str, shape: tuple[int, ...]) -> None:
     if stream.pool and stream.pool_at == "after":
         tokens = stream.pool.apply(tokens)
     _compare(f"connector {stream.connector!r}", kind, shape, counted, tokens.x.shape[1])
+
+
+def check_pooled(model: Any, kind: str, shape: tuple[int, ...]) -> None:
+    """The same for a model that makes one vector of a unit: an encoder of ``kind`` and its connector or head."""
+    types = f"encoder {kind!r} ({model.config.encoders[kind].type}), connector ({model.config.connectors[kind].type})"
+    try:
+        counted = model.config.encoders[kind].count(shape).tokens
+        with evaluating(model):  # a batch norm takes no batch of one in training
+            tokens = model.encoders[kind](torch.empty(1, *shape, device=model.device))
+            _sound(f"encoder {kind!r}", tokens, model.encoders[kind].dim)
+            _compare(f"encoder {kind!r}", kind, shape, counted, tokens.x.shape[1])
+            produced = model.connectors[kind](tokens).x.shape[1]
+    except ChiasmError as error:
+        raise ConfigError(f"{types}: units of {kind} of shape {shape} do not go through: {error}") from None
+    if produced != 1:
+        raise ConfigError(
+            f"{types}: {counted} tokens of a {kind} become {produced} vectors, a {model.config.type} wants 1 of each: "
+            "take a connector that pools them (pooled, map_head, clip_pool)"
+        )
 
 
 def blank_condition(items: int, device: Any) -> Condition:

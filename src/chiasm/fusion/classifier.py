@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from chiasm import registry
 from chiasm.config import part
 from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.fusion.assembly import check_pooled
 from chiasm.fusion.base import Asked, Fusion, FusionConfig
-from chiasm.nn.modes import evaluating
+from chiasm.fusion.ragged import all_sizes
 from chiasm.types import Batch, Count, Layout, Output
 
 SILENT = "a model that classifies pictures writes no text; use classify, or load a model that generates"
@@ -91,15 +91,7 @@ class Classifier(Fusion):
     def check_counts(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare counted with produced vectors of a unit (meta device). Raises ConfigError with both numbers."""
         for kind, shape in shapes.items():
-            with evaluating(self):
-                tokens = self.encoders[kind](torch.empty(1, *shape, device=self.device))
-                produced = self.connectors[kind](tokens).x.shape[1]
-            counted = self.config.encoders[kind].count(shape).tokens
-            if (counted, 1) != (tokens.x.shape[1], produced):
-                raise ConfigError(
-                    f"encoder {kind!r} counts {counted} tokens for a {kind} of shape {shape} but produces "
-                    f"{tokens.x.shape[1]}, of which the head makes {produced} and should make 1"
-                )
+            check_pooled(self, kind, shape)
 
     def classify(self, batch: Batch) -> Tensor:
         """The batch's pictures → scores of the classes ``[B, C]``, before the softmax. Raises DataError."""
@@ -108,7 +100,7 @@ class Classifier(Fusion):
         if media is None or media.owners != list(range(len(batch.ids))):
             found = 0 if media is None else len(media.owners)
             raise DataError(f"sample {batch.ids[0]!r}: {found} {kind}s for {len(batch.ids)} samples; give one to each")
-        features = (media.features or {kind: self.encoders[kind](media.inputs)})[kind]  # [B, N, D]
+        features = media.features[kind] if media.features else all_sizes(self.encoders[kind], media)  # [B, N, D]
         return self.connectors[kind](features).x[:, 0]  # type: ignore[no-any-return]  # [B, C]
 
     def forward(self, batch: Batch, logits: Asked | None = "labels", cache: Any = None) -> Output:

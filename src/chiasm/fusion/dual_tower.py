@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from chiasm import registry
 from chiasm.config import part
 from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.fusion.assembly import check_pooled
 from chiasm.fusion.base import Asked, Fusion, FusionConfig
-from chiasm.nn.modes import evaluating
+from chiasm.fusion.ragged import all_sizes
 from chiasm.types import Batch, Count, Layout, MediaBatch, Output, Tokens
 
 TEXT = "text"
@@ -118,15 +119,7 @@ class DualTower(Fusion):
     def check_counts(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare counted with produced vectors of a unit (meta device). Raises ConfigError with both numbers."""
         for kind, shape in shapes.items():
-            counted = self.config.encoders[kind].count(shape).tokens
-            with evaluating(self):  # a batch norm takes no batch of one in training
-                tokens = self.encoders[kind](torch.empty(1, *shape, device=self.device))
-                produced = self.connectors[kind](tokens).x.shape[1]
-            if (counted, 1) != (tokens.x.shape[1], produced):
-                raise ConfigError(
-                    f"encoder {kind!r} counts {counted} tokens for a {kind} of shape {shape} but produces "
-                    f"{tokens.x.shape[1]}, of which its connector makes {produced} and should make 1"
-                )
+            check_pooled(self, kind, shape)
 
     # ---------------------------------------------------------------------------------------------- vectors
 
@@ -194,13 +187,9 @@ class DualTower(Fusion):
             raise DataError(f"sample {_first(batch)!r}: the batch holds no {kind}; give one to each sample")
         media = batch.media[kind]
         _check_units(kind, media, batch.ids)
-        features = media.features[kind] if media.features else self._look(media)  # [I, N, D_in]
+        features = media.features[kind] if media.features else all_sizes(self.encoders[kind], media)  # [I, N, D_in]
         named[f"{kind}/features"] = features
         return self.connectors[kind](features)  # type: ignore[no-any-return]
-
-    def _look(self, media: MediaBatch) -> Tokens:
-        tower: Any = self.encoders[self.config.kind]
-        return tower(media.inputs, media.layouts) if tower.reads_layouts else tower(media.inputs)  # type: ignore[no-any-return]
 
     def _embed_texts(self, batch: Batch, named: dict[str, Any]) -> Tensor:
         mask = batch.segment_ids != 0  # [B, T]

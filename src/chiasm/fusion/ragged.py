@@ -53,5 +53,10 @@ def look(encoder: Any, media: MediaBatch) -> Tokens:
     return replace(encoder(media.inputs, layouts), mask=None)
 
 
+def all_sizes(encoder: Any, media: MediaBatch) -> Tokens:
+    """What an encoder makes of a whole batch. One of many sizes is told each layout; its mask says what counts."""
+    return encoder(media.inputs, media.layouts) if encoder.reads_layouts else encoder(media.inputs)  # type: ignore[no-any-return]
+
+
 def _cut(tokens: Tokens, rows: torch.Tensor, count: int) -> Tokens:
     return replace(tokens, x=tokens.x[rows, :count], mask=None)  # [u, N, D]

@@ -21,7 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from chiasm.config import Config as Values
-from chiasm.errors import DataError
+from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.assembly import assemble, check_streams
 from chiasm.fusion.splice import Splice
 from chiasm.nn.cross_attention import CrossAttention
@@ -111,7 +111,13 @@ class Vokens(Splice):
     def compose(cls, config: Any) -> Vokens:
         """The model of a configuration. Raises ConfigError where parts do not fit each other."""
         check_streams(config)
-        return cls(config, *assemble(config))
+        encoders, connectors, lm = assemble(config)
+        if lm.encoder_decoder:
+            raise ConfigError(
+                f"vokens: lm {config.lm.type!r} is an encoder with a decoder; vokens are read in the one row that a "
+                "decoder alone reads and writes: use such a language model"
+            )
+        return cls(config, encoders, connectors, lm)
 
     def pictured(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The features ``[n, F, D]`` of the pictures that the texts of ``batch [B, T]`` answer with, and rows ``[n]``.
