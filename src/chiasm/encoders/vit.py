@@ -26,6 +26,7 @@ from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.errors import ConfigError
 from chiasm.nn.again import call
 from chiasm.nn.attention import Attention
+from chiasm.nn.depth import dropped
 from chiasm.nn.mlp import MLP
 from chiasm.nn.patch import Patches, patch_grid
 from chiasm.nn.positions import interpolate, sincos
@@ -35,6 +36,8 @@ from chiasm.types import Count, Tokens
 
 class Block(nn.Module):
     """``x += attention(norm(x))``, then ``x += mlp(norm(x))``."""
+
+    drop_path = 0.0  # chance that training leaves a branch out (``chiasm.nn.depth``)
 
     def __init__(self, dim: int, heads: int, mlp: int, activation: str, eps: float):
         super().__init__()
@@ -47,8 +50,9 @@ class Block(nn.Module):
         """``x [U, N, D]``, ``mask [U, N]`` (True: may be attended to) → ``[U, N, D]``; of ``asked`` first positions
         alone ``[U, asked, D]``, for less work.
         """
-        x = x[:, :asked] + self.attn(self.norm1(x), mask, causal, asked)
-        return x + self.mlp(self.norm2(x))
+        rate, training = self.drop_path, self.training
+        x = x[:, :asked] + dropped(self.attn(self.norm1(x), mask, causal, asked), rate, training)
+        return x + dropped(self.mlp(self.norm2(x)), rate, training)
 
 
 @register("encoder", "vit")

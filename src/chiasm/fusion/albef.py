@@ -162,7 +162,8 @@ class ALBEF(PairModel):
 
     class Config(PairConfig):
         """``contrast``: width of the vectors that are compared (None: there are none). ``answer_depth``: layers of the
-        decoder that answers questions (0: there is none). ``temperature`` divides cosines.
+        decoder that answers questions (0: there is none). ``temperature`` divides cosines. ``assign``: a head that says
+        which of two pictures a text belongs to.
         """
 
         type: str = "albef"
@@ -180,6 +181,7 @@ class ALBEF(PairModel):
         temperature: PositiveFloat = 0.07
         momentum: Momentum | None = None
         answer_depth: int = Field(default=0, ge=0)
+        assign: bool = False
         tasks: Heads = Heads()
 
         @model_validator(mode="after")
@@ -190,6 +192,8 @@ class ALBEF(PairModel):
                 raise ConfigError(f"albef: fusion layers for {self.images} pictures; give 1 or 2")
             if self.momentum and not self.contrast and not self.answer_depth:
                 raise ConfigError("albef: queues hold the vectors that are compared; set contrast, or momentum to null")
+            if self.assign and not (self.images == 2 and self.contrast):
+                raise ConfigError("albef: a text is assigned to one of two pictures; set images: 2 and contrast")
             if self.tasks.rank:
                 raise ConfigError("albef: it ranks with its matching head; set tasks.match instead of tasks.rank")
             if getattr(self.vision, "select", "cls_patch") != "cls_patch":
@@ -212,6 +216,7 @@ class ALBEF(PairModel):
         self.classifier = (
             nn.Sequential(nn.Linear(c.dim, c.dim), nn.ReLU(), nn.Linear(c.dim, classes)) if classes else None
         )
+        self.assign_scores = nn.Linear(c.dim, 3) if c.assign else None
         self.decoder = Decoder(c) if c.answer_depth else None
         self.temperature = nn.Parameter(torch.tensor(float(c.temperature))) if c.contrast else None
         for name, parameter in self.named_parameters():

@@ -29,6 +29,7 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.heads import Heads, Pooler, WordHead, initialise, two_layers
 from chiasm.fusion.pair import Joint, PairConfig, PairModel, Pictures, Words, lacks, pictures_of, words_of
 from chiasm.nn.again import call
+from chiasm.nn.depth import dropped
 from chiasm.nn.mlp import MLP
 from chiasm.nn.patch import Patches
 from chiasm.nn.words import WordEmbedding
@@ -59,6 +60,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """``x += g1 · attention(norm(x))``, ``x += g2 · mlp(norm(x))`` with norm and perceptron of the modality."""
 
+    drop_path = 0.0  # chance that training leaves a branch out (``chiasm.nn.depth``)
+
     def __init__(self, c: ModalityExperts.Config, both: bool):
         super().__init__()
         kinds = ("text", "image", "both") if both else ("text", "image")
@@ -73,7 +76,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, route: Route, texts: int) -> Tensor:
         """``x [B, S, D]``, of which the first ``texts`` are words → ``[B, S, D]``."""
         y = self.attn(self.norm1(x), bias)
-        x = x + (y if self.gamma1 is None else self.gamma1 * y)
+        x = x + dropped(y if self.gamma1 is None else self.gamma1 * y, self.drop_path, self.training)
         if route == "both" and "both" not in self.mlp:
             y = torch.cat((self._expert(x[:, :texts], "text"), self._expert(x[:, texts:], "image")), dim=1)
         else:
@@ -81,7 +84,7 @@ class Block(nn.Module):
         return x + (y if self.gamma2 is None else self.gamma2 * y)
 
     def _expert(self, x: Tensor, kind: str) -> Tensor:
-        return self.mlp[kind](self.norm2[kind](x))
+        return dropped(self.mlp[kind](self.norm2[kind](x)), self.drop_path, self.training)
 
 
 @register("fusion", "modality_experts")

@@ -30,6 +30,7 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.heads import Heads, Pooler, initialise, two_layers
 from chiasm.fusion.pair import Joint, PairConfig, PairModel, Pictures, Words, lacks, pictures_of, words_of
 from chiasm.nn.again import call
+from chiasm.nn.depth import dropped
 from chiasm.nn.patch import Patches
 from chiasm.nn.positions import interpolate
 from chiasm.registry import register
@@ -72,6 +73,8 @@ class NormedMLP(nn.Module):
 class Layer(nn.Module):
     """``x += out(norm(attention(norm(x))))``, then ``x += mlp(norm(x))``, all but the attention itself by experts."""
 
+    drop_path = 0.0  # chance that training leaves a branch out (``chiasm.nn.depth``)
+
     def __init__(self, dim: int, heads: int, mlp: int, eps: float):
         super().__init__()
         self.heads = heads
@@ -91,8 +94,9 @@ class Layer(nn.Module):
             part(y, split).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
         )  # each [B, H, S, D/H]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # [B, S, D]
-        x = x + self.out(self.inner_norm(mixed, split), split)
-        return x + self.mlp(self.mlp_norm(x, split), split)
+        rate, training = self.drop_path, self.training
+        x = x + dropped(self.out(self.inner_norm(mixed, split), split), rate, training)
+        return x + dropped(self.mlp(self.mlp_norm(x, split), split), rate, training)
 
     def without_effect(self) -> list[str]:
         """A bias of the keys adds one number to all scores of a query where a sequence holds one modality only."""

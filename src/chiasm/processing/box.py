@@ -75,6 +75,10 @@ class BoxFormat(Config):
             found.append(view.to_original((x0, y0, x1, y1)))
         return found
 
+    def found(self, text: str) -> bool:
+        """Whether a text holds a box."""
+        return self._pattern().search(text) is not None
+
     def _map(self, region: Region, where: str) -> View:
         """Pixels of the original picture to the format's unit, before bins and decimals."""
         height, width = region.original

@@ -8,7 +8,7 @@ The pictures of a batch differ in size: zeros fill up to the largest, and what t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,13 +69,17 @@ class ProportionalFrontEnd(FrontEnd):
 
     def __call__(self, medium: Media, place: Place) -> MediaItem:
         """A picture → ``inputs [1, 3, height, width]``. Raises DataError, also for a strip without a whole patch."""
-        image = open_picture(medium.data, place, self.config.max_pixels, self.config.alpha, None)
+        image = self.open(medium.data, place)
         layout = self._layout((image.height, image.width), place)
         high, wide = layout.shape[1:]
         image = image.resize((wide, high), self._resample)
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
         values = torch.empty(1, *pixels.shape, dtype=torch.float32).copy_(pixels)  # [1, 3, height, width], contiguous
         return MediaItem(self.kind, values.div_(255).sub_(self._mean).div_(self._std), layout, ragged=True)
+
+    def open(self, data: Any, place: Place) -> Pillow.Image:
+        """``data`` as an upright RGB picture (``chiasm.processing.open``). Raises DataError."""
+        return open_picture(data, place, self.config.max_pixels, self.config.alpha, None)
 
     def layout(self, medium: Media, place: Place) -> Layout:
         """The layout that ``self(medium, place)`` gives, from the header of the picture alone. Raises DataError."""

@@ -129,7 +129,7 @@ class StageRun:
         self.objective: Objective = objective(stage.objective, renderer.processor)
         self.batches = BatchPlan(mixture.only(stage.data), stage.batch_size, stage.accumulate, stage.bucket)
         self.steps = stage.total_steps(self.batches.steps_per_epoch)
-        self.plan: Plan = resolve(model, stage.table(), stage.lr)
+        self.plan: Plan = resolve(model, stage.table(), stage.lr, stage.layer_decay)
         self.low = torch.bfloat16 if stage.dtype == "bf16" and not self.ranks.sharded else None  # pieces are masters
         # What the objective keeps within bounds after each step (a contrastive scale).
         self.bounds = self.objective.bounds(model) if isinstance(self.objective, StepObjective) else {}

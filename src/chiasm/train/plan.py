@@ -16,6 +16,7 @@ from torch import nn
 
 from chiasm import registry
 from chiasm.errors import ConfigError, nearest
+from chiasm.train.decay import decays
 from chiasm.train.methods.base import MethodConfig, installed, own_parameters, replace
 from chiasm.train.methods.table import carried, install, parse_method, skeleton
 
@@ -79,11 +80,12 @@ def check_action(action: Action) -> Action:
     return action
 
 
-def resolve(model: nn.Module, table: Mapping[str, Action], lr: float) -> Plan:
+def resolve(model: nn.Module, table: Mapping[str, Action], lr: float, decay: float = 1.0) -> Plan:
     """Match a plan's table with the model's parameters. Raises ConfigError on a pattern without parameters, a parameter
     without a pattern, a method that finds nothing, or nothing to train.
 
-    Methods that the model does not carry yet are put on a copy without memory, so the model stays as it is.
+    Methods that the model does not carry yet are put on a copy without memory, so the model stays as it is. ``decay``:
+    see ``chiasm.train.decay``; rates that the table gives stand as they are.
     """
     chosen = choose(model, table)
     wanted = methods_in(model, chosen)
@@ -92,7 +94,8 @@ def resolve(model: nn.Module, table: Mapping[str, Action], lr: float) -> Plan:
         install(model, wanted)
         chosen = choose(model, table)
     own = own_parameters(model)
-    rates = {name: _rate(action, name in own, lr) for name, action in chosen.items()}
+    shares = decays(model, decay) if decay < 1 else {}
+    rates = {name: _rate(action, name in own, lr * shares.get(name, 1.0)) for name, action in chosen.items()}
     if all(rate is None for rate in rates.values()):
         raise ConfigError(f"the plan freezes all {len(rates)} parameters; let it train a part")
     groups: dict[tuple[str, str, float | None], int] = {}

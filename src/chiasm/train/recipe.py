@@ -12,6 +12,7 @@ from chiasm.config import Config, load_yaml, override
 from chiasm.data.mixture import Entry, HeldOut, Mixing
 from chiasm.data.quarantine import HELD_OUT, BadPolicy, BadSamples, Quarantine
 from chiasm.errors import ConfigError, nearest
+from chiasm.processing.augment import Augment
 from chiasm.train.plan import PLANS, Action, check_action
 from chiasm.train.sinks import LogSpec
 from chiasm.train.start import Start
@@ -75,6 +76,9 @@ class Stage(Config):
     batch_size: int = Field(default=8, gt=0)  # samples of a micro-batch
     accumulate: int = Field(default=1, gt=0)  # micro-batches of an optimizer step
     lr: float = Field(gt=0)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)  # the rate of a block as a share of that of the one above it
+    drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth: the chance in the last block, 0 in the first
+    augment: Augment | None = None  # pictures changed at random, those that are trained on
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of linear layers, adamw for the rest
@@ -120,6 +124,15 @@ class Stage(Config):
         if value not in PLANS:
             raise ValueError(f"unknown plan {value!r}; {nearest(value, PLANS)}")
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Stage:
+        if self.augment is not None and self.feature_cache is not None:
+            raise ConfigError(
+                f"stage {self.name!r}: augment gives another picture each time, and feature_cache keeps the features "
+                "of one; leave one of them out"
+            )
+        return self
 
     def table(self) -> dict[str, Action]:
         """The plan as pattern → action."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chiasm import registry
 from chiasm.convert.io import write_json
+from chiasm.data.augmented import AugmentedRenderer
 from chiasm.data.check import Checked, check
 from chiasm.data.loader import BatchPlan, Renderer
 from chiasm.data.mixture import Mixture
@@ -113,7 +114,7 @@ class Run:
         steps: list[int] = []
         shapes, largest = skeleton(self.vlm.model), 0
         for stage in self.recipe.stages:
-            plan = resolve(shapes, stage.table(), stage.lr)
+            plan = resolve(shapes, stage.table(), stage.lr, stage.layer_decay)
             whole = sum(row.parameters for row in plan.rows if "4 bits" not in row.action)
             largest = max(largest, 4 * whole, 12 * plan.trainable if stage.save_every else 0)
             settled(shapes, stage.table())
@@ -247,7 +248,10 @@ class Run:
 
     def _renderer(self, stage: Stage) -> Renderer:
         """The stage's own template and processing; the saved model keeps its own."""
-        return Renderer(staged(self.vlm.processor, stage), stage.max_length, stage.pack)
+        processor = staged(self.vlm.processor, stage)
+        if stage.augment is not None:
+            return AugmentedRenderer(processor, stage.augment, stage.max_length, stage.pack)
+        return Renderer(processor, stage.max_length, stage.pack)
 
     def _probe(self, renderer: Renderer, stage: Stage) -> Probe:
         """Over held-out examples; where there are none, over training data, for the meter alone."""

@@ -1,4 +1,6 @@
-"""What makes a stage fast or small without changing what it computes: activation checkpointing, compiled blocks."""
+"""What a stage asks of a model's blocks: activation checkpointing and compiling, which change nothing that is computed,
+and stochastic depth, which does.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from chiasm.nn.depth import set_depth
 from chiasm.train.recipe import Stage
 
 
 def prepare(model: nn.Module, stage: Stage) -> None:
-    """Give the model's parts the stage's ``recompute`` and compile its blocks where asked.
+    """Give the model's parts the stage's ``recompute``, its blocks ``drop_path``, and compile them where asked.
 
     A block is an element of a list of like modules (``layers``, ``blocks``): one program serves all of a list.
     """
@@ -22,6 +25,7 @@ def prepare(model: nn.Module, stage: Stage) -> None:
                 inner.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 inner.gradient_checkpointing_disable()
+    set_depth(model, stage.drop_path)
     if stage.compile:
         for block in blocks(model):
             block.compile(dynamic=True)
@@ -29,6 +33,7 @@ def prepare(model: nn.Module, stage: Stage) -> None:
 
 def settle(model: nn.Module) -> None:
     """The model as it was before ``prepare``."""
+    set_depth(model, 0.0)
     for part in parts(model):
         part.recompute = False
         inner: Any = getattr(part, "model", None)

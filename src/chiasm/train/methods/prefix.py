@@ -81,9 +81,10 @@ class PrefixAttention(_Prefixed, Attention):
         self.take(base, method, base.heads, base.q.out_features // base.heads)
         self.heads = base.heads
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """``x [B, N, D]``, ``mask [B, N]`` (not with ``causal``) → ``[B, N, D]``."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, asked: int | None = None) -> Tensor:
+        """``x [B, N, D]``, ``mask [B, N]`` (not with ``causal``) → ``[B, N, D]``, or of ``asked`` first positions."""
+        made = self.q(x[:, :asked]), self.k(x), self.v(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in made)
         keys, values = self.rows(k)
         allowed = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, N]
         if causal:

@@ -2,6 +2,7 @@
 
 from chiasm.train.objectives import aligned as aligned
 from chiasm.train.objectives import answers as answers
+from chiasm.train.objectives import assignment as assignment
 from chiasm.train.objectives import blip2 as blip2
 from chiasm.train.objectives import classes as classes
 from chiasm.train.objectives import contrastive as contrastive
