@@ -16,12 +16,12 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from chiasm import registry
-from chiasm.config import part
-from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.assembly import check_pooled
-from chiasm.fusion.base import Asked, Fusion, FusionConfig
+from chiasm.fusion.base import Asked, Fusion
 from chiasm.fusion.ragged import all_sizes
-from chiasm.types import Batch, Count, Layout, Output
+from chiasm.fusion.tower import TowerConfig
+from chiasm.types import Batch, Output
 
 SILENT = "a model that classifies pictures writes no text; use classify, or load a model that generates"
 
@@ -30,15 +30,13 @@ SILENT = "a model that classifies pictures writes no text; use classify, or load
 class Classifier(Fusion):
     """Encoder → connector: a score for each class."""
 
-    class Config(FusionConfig):
+    class Config(TowerConfig):
         """``encoders`` and ``connectors`` hold one part each, of one kind of media; ``classes`` is how many there are.
 
         Their names are the processor's (``processing.labels``).
         """
 
         type: str = "classifier"
-        encoders: dict[str, part("encoder")]  # type: ignore[valid-type]
-        connectors: dict[str, part("connector")]  # type: ignore[valid-type]
         classes: PositiveInt
 
         @model_validator(mode="after")
@@ -54,22 +52,6 @@ class Classifier(Fusion):
         def kind(self) -> str:
             """The kind of media that is classified."""
             return next(iter(self.encoders))
-
-        @property
-        def media(self) -> dict[str, str]:
-            """The kind of media, and its parts' name."""
-            return {self.kind: self.kind}
-
-        def unit_count(self, kind: str, shape: tuple[int, ...]) -> Count:
-            """Vectors of one unit after encoder and connector. Raises ConfigError for a kind it does not take."""
-            if kind not in self.media:
-                raise ConfigError(f"this model takes no {kind}; {nearest(kind, self.media)}")
-            return self.connectors[kind].count(self.encoders[kind].count(shape))
-
-        def count(self, kind: str, layout: Layout) -> int:
-            """None: there is no text for a medium to stand in."""
-            self.unit_count(kind, layout.shape)
-            return 0
 
     config: Config
     silent = SILENT

@@ -22,12 +22,12 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from chiasm import registry
-from chiasm.config import part
-from chiasm.errors import ConfigError, DataError, nearest
+from chiasm.errors import ConfigError, DataError
 from chiasm.fusion.assembly import check_pooled
-from chiasm.fusion.base import Asked, Fusion, FusionConfig
+from chiasm.fusion.base import Asked, Fusion
 from chiasm.fusion.ragged import all_sizes
-from chiasm.types import Batch, Count, Layout, MediaBatch, Output, Tokens
+from chiasm.fusion.tower import TowerConfig
+from chiasm.types import Batch, MediaBatch, Output, Tokens
 
 TEXT = "text"
 SILENT = (
@@ -40,7 +40,7 @@ SILENT = (
 class DualTower(Fusion):
     """Encoder → connector → unit length, once for the medium and once for the text."""
 
-    class Config(FusionConfig):
+    class Config(TowerConfig):
         """``encoders`` and ``connectors``: one of each for ``"text"`` and for one kind of media (``"image"``).
 
         ``scale`` multiplies cosines: the exponential of a parameter (CLIP, SigLIP) or one over it (ALIGN's
@@ -49,8 +49,6 @@ class DualTower(Fusion):
         """
 
         type: str = "dual_tower"
-        encoders: dict[str, part("encoder")]  # type: ignore[valid-type]
-        connectors: dict[str, part("connector")]  # type: ignore[valid-type]
         dim: PositiveInt
         scale: Literal["log", "divisor"] = "log"
         scale_init: PositiveFloat = 1 / 0.07
@@ -72,25 +70,9 @@ class DualTower(Fusion):
             return next(name for name in self.encoders if name != TEXT)
 
         @property
-        def media(self) -> dict[str, str]:
-            """The kind of media that the model takes, and its parts' name."""
-            return {self.kind: self.kind}
-
-        @property
         def vocab(self) -> int | None:
             """Rows of the text tower's vocabulary."""
             return getattr(self.encoders[TEXT], "vocab", None)
-
-        def unit_count(self, kind: str, shape: tuple[int, ...]) -> Count:
-            """Vectors of one unit after encoder and connector: one. Raises ConfigError for a kind it does not take."""
-            if kind not in self.media:
-                raise ConfigError(f"this model takes no {kind}; {nearest(kind, self.media)}")
-            return self.connectors[kind].count(self.encoders[kind].count(shape))
-
-        def count(self, kind: str, layout: Layout) -> int:
-            """None: a medium stands beside the text."""
-            self.unit_count(kind, layout.shape)
-            return 0
 
     config: Config
     silent = SILENT
