@@ -118,6 +118,7 @@ LENIENT = {
     "no end of the argument": ("tags", f"{HEAD}<parameter=city>\nOslo\n</function>\n</tool_call>", ""),
     "no end of the function": ("tags", f"{HEAD}{CITY}</tool_call>", ""),
     "no end at all": ("tags", HEAD + CITY, ""),
+    "space around the value": ("tags", f"{HEAD}<parameter=city>\n\n  Oslo\n\n</parameter>\n</function>", ""),
     "text behind it": ("tags", f"{HEAD}{CITY}</function>\n</tool_call> so", " so"),
     "text in it": ("tags", f"{HEAD}{CITY}hm </function>", "\nhm </function>"),
 }
@@ -127,7 +128,8 @@ LENIENT = {
 @pytest.mark.parametrize("size", [1, 3, 10_000])
 def test_tags_that_models_forget(case: str, size: int) -> None:
     name, text, rest = LENIENT[case]
-    assert read(reader(name), text, size) == (rest, ONE)
+    expected = [("weather", {"city": "\n  Oslo\n"})] if case == "space around the value" else ONE
+    assert read(reader(name), text, size) == (rest, expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 10_000])

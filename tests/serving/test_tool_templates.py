@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def test_thoughts_are_no_part_of_the_form(tmp_path: Path, opened: bool) -> None:
     if opened:
         template = template.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
     assert model(tmp_path, template).processor.template.form == FORMS["hermes"]
+
+
+@pytest.mark.parametrize("name", ["hermes", "tags"])
+def test_a_thought_that_the_prompt_begins_is_ended_ahead_of_a_call(tmp_path: Path, name: str) -> None:
+    """Qwen3.5: the prompt opens a thought, and every answer in a conversation has one, if only an empty one."""
+    template = {**TEMPLATES, **OTHERS}[name]
+    call = "{%- elif message.tool_calls %}<|im_start|>assistant"
+    assert call in template
+    template = template.replace(call, call + "\n<think>\n\n</think>\n")
+    template = template.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    form = model(tmp_path, template).processor.template.form
+    assert form.ahead.strip() == "</think>" and replace(form, ahead="") == FORMS[name]
 
 
 def test_no_string_of_a_tool_or_a_call_becomes_a_control_token(made) -> None:

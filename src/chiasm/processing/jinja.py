@@ -253,7 +253,8 @@ class JinjaTemplate(Template):
             except DataError:
                 continue
             prompt, whole = (text.replace(BEGIN, "").replace(END, "") for text in (prompt, whole))
-            form = read(tooling.behind(prompt, whole), self.end) if tagged.NAME in prompt else None
+            end = self.end or self.tokens.get("eos_token", "")
+            form = read(tooling.behind(prompt, whole), end) if tagged.NAME in prompt else None
             if form is not None:
                 return form
         return None

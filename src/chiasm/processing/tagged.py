@@ -26,7 +26,7 @@ ONE = {KEYS[0]: TEXT}
 @dataclass(frozen=True)
 class TagForm:
     """``opening``, the name, ``named``; for each argument ``before``, its key, ``between``, its value, ``after``; then
-    ``closing``. A string stands as it is, other values as JSON or as Python writes them.
+    ``closing``. A string stands as it is, other values as JSON or as Python writes them. ``ahead`` as in ``CallForm``.
     """
 
     opening: str
@@ -35,6 +35,7 @@ class TagForm:
     between: str
     after: str
     closing: str
+    ahead: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def tag_form(body: str, end: str) -> TagForm | None:
     if not after.strip() or not rest.startswith(after):
         return None
     closing = rest.removeprefix(after).partition(end)[0] if end else rest.removeprefix(after).rstrip()
-    return TagForm(opening, first.removesuffix(before), before, between, after, closing)
+    ahead, opening = thought(opening)
+    return TagForm(opening, first.removesuffix(before), before, between, after, closing, ahead)
 
 
 def python_form(body: str, end: str) -> PythonForm | None:
@@ -87,9 +89,15 @@ def _cut(body: str) -> tuple[str, ...] | None:
     return (*parts, body[place:])
 
 
+def thought(opening: str) -> tuple[str, str]:
+    """What ends a thought that the prompt began, and what opens a call: no call begins with a closing tag."""
+    match = re.match(r".*</[^<>]*>\s*", opening, re.DOTALL)
+    return (match.group(), opening[match.end() :]) if match else ("", opening)
+
+
 def literals(form: Any) -> str:
-    """All that a form writes by itself."""
-    values = [getattr(form, field.name) for field in fields(form)]
+    """All that a form writes by itself in a call."""
+    values = [getattr(form, field.name) for field in fields(form) if field.name != "ahead"]
     return "".join(v if isinstance(v, str) else literals(v) for v in values if v and not isinstance(v, bool))
 
 
@@ -105,4 +113,15 @@ def rewritten(form: Any, write: Callable[[str], str]) -> Any:
     return replace(form, **changed)
 
 
-__all__ = ["ARGUMENTS", "NAME", "ONE", "PythonForm", "TagForm", "literals", "python_form", "rewritten", "tag_form"]
+__all__ = [
+    "ARGUMENTS",
+    "NAME",
+    "ONE",
+    "PythonForm",
+    "TagForm",
+    "literals",
+    "python_form",
+    "rewritten",
+    "tag_form",
+    "thought",
+]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from chiasm.errors import DataError
 from chiasm.processing.messages import read_arguments
-from chiasm.processing.tagged import NAME, PythonForm, TagForm
+from chiasm.processing.tagged import NAME, PythonForm, TagForm, thought
 from chiasm.types import Call, Message, Piece, Text
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ class CallForm:
     """``opening``, JSON, ``closing``. The JSON is an object with a ``name`` and an object under the key ``arguments``,
     in a list where ``many``. Where ``named`` is not None the name stands before the JSON, ``named`` between the two,
     and the JSON is the arguments alone. ``python``: how tools are called that the model was trained with, if otherwise.
+    ``ahead`` ends a thought that the prompt began, where an answer that only calls writes it.
     """
 
     opening: str
@@ -188,6 +189,7 @@ class CallForm:
     arguments: str = "arguments"
     named: str | None = None
     python: PythonForm | None = None
+    ahead: str = ""
 
 
 Form = CallForm | TagForm | PythonForm
@@ -240,7 +242,8 @@ def _inside(body: str, place: int, end: str) -> CallForm | None:
     arguments = next((key for key, value in call.items() if value == SIMPLE), None)
     if name is None or arguments is None:
         return None
-    return CallForm(body[:start], _closing(body[after:], end), many, name, arguments)
+    ended, opening = thought(body[:start])
+    return CallForm(opening, _closing(body[after:], end), many, name, arguments, ahead=ended)
 
 
 def _before(body: str, place: int, end: str) -> CallForm | None:
@@ -250,7 +253,8 @@ def _before(body: str, place: int, end: str) -> CallForm | None:
     found, after = _decoded(body, start) if start >= 0 else (None, 0)
     if found != SIMPLE or not body[:place].strip():
         return None
-    return CallForm(body[:place], _closing(body[after:], end), named=body[behind:start])
+    ended, opening = thought(body[:place])
+    return CallForm(opening, _closing(body[after:], end), named=body[behind:start], ahead=ended)
 
 
 def _closing(rest: str, end: str) -> str:

@@ -27,7 +27,7 @@ class TagCalls(Calls):
         self._opening, self._left = self._heads.pop(0), list(self._ends)
         self._again = self._heads[-1:]  # opens a second call within one opening
         self._opened = self.begun  # whether all of the opening has come
-        self._between = re.compile(r"\s*".join(re.escape(part.strip()) for part in f.between.split("\n")))
+        self._between = re.compile(r"\s*".join(re.escape(part.strip()) for part in f.between.strip().split("\n")))
         after = f.after.strip()
         self._after = ["\n" + after, after] if f.after.startswith("\n") else [after]
         spare = ["\n" + f.before.strip(), *("\n" + end for end in self._ends[:1])]
@@ -66,7 +66,7 @@ class TagCalls(Calls):
             return self._none() if len(self._buffer) > LONGEST else False
         if match[1] not in self.names or not behind.lstrip().startswith(named):
             return self._none()
-        self._buffer = behind.lstrip()[len(named) :]
+        self._buffer = behind.lstrip()[len(named) :] if named else behind
         self._call(match[1])
         self._state, self._opened = self._arguments, False
         return True

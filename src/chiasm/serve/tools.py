@@ -100,13 +100,13 @@ class Tooling:
 
     def _schema(self, tools: list[dict[str, Any]], form: CallForm) -> dict[str, Any]:
         """Of the answer behind ``lead``, which is set."""
-        self.lead = (Piece(form.opening.rstrip(" "), literal=True),)
+        self.lead = (Piece(form.ahead + form.opening.rstrip(" "), literal=True),)
         if form.named is not None:
             if len(tools) > 1:
                 text = "this model's template writes a call's name before its arguments: name one tool"
                 raise ApiError(400, text, "tool_choice", "unsupported_parameter")
             self.name = tools[0]["function"]["name"]
-            opening = Piece(form.opening, literal=True)
+            opening = Piece(form.ahead + form.opening, literal=True)
             self.lead = (opening, Piece(self.name), Piece(form.named.rstrip(" "), literal=True))
             return {"type": "object", **tools[0]["function"]["parameters"]}
         calls = [_call(tool["function"], form) for tool in tools]
@@ -121,7 +121,7 @@ class Tooling:
         if text is None or any(token in text for token in self.spelled.values()):
             text = "this model's template writes calls in a form that no answer can be held to; leave tool_choice auto"
             raise ApiError(400, text, "tool_choice", "unsupported_parameter")
-        self.lead = (Piece(form.opening, literal=True),)
+        self.lead = (Piece(form.ahead + form.opening, literal=True),)
         closing = re.split("|".join(map(re.escape, self.spelled.values())) or "$^", form.closing)[0].rstrip()
         return tag_grammar(form, closing, [tool["function"] for tool in tools])
 
