@@ -143,11 +143,12 @@ def marks(prompt: Prompt, ids: Tensor | None = None) -> Tensor:
 
 def state_of(model: Any) -> bytes:
     """A hash that changes when a parameter is replaced, moved or changed in place: what is remembered is then stale."""
-    digest = hashlib.sha256()
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        version = 0 if parameter.is_inference() else parameter._version
-        digest.update(repr((name, parameter.data_ptr(), version, str(parameter.dtype))).encode())
-    return digest.digest()
+    found = []
+    for module in model.modules():  # their order stands for the names, which take longer to spell
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype))
+    return hashlib.sha256(repr(found).encode()).digest()
 
 
 __all__ = ["Medium", "Prompt", "asked", "chain", "marks", "prompts_of", "state_of"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chiasm.nn.kernels import KINDS, Matrix, Work, dense, floats, large_pages, library, tower
+from chiasm.nn.kernels import KINDS, Matrix, Work, dense, floats, large_pages, larger_pages, library, tower
 from chiasm.nn.quant import Quantized
 from chiasm.nn.rope import frequency_tables
 
@@ -52,6 +52,7 @@ class Compiled:
     def __init__(self, lm: Any, pool: Tensor):
         """``pool [layers, 2, slots, H_kv, L, Dh]``: keys and values."""
         c, self.keep = lm.config, [pool]
+        larger_pages(pool)
         layers = (Layer * c.depth)()
         for index, block in enumerate(lm.layers):
             self._fill(layers[index], block, pool[index, 0], pool[index, 1])

@@ -31,6 +31,7 @@ PANEL = 16
 """Outputs that integer weights are stored together for."""
 LARGE = 1 << 21
 """Bytes of a large page."""
+SMALL = 1 << 28
 _moved = WeakIdKeyDictionary()
 
 
@@ -208,7 +209,18 @@ def large_pages(tensors: Iterable[Tensor]) -> None:
         joined.append((first, last))
     for first, last in joined:
         if found is not None:
-            found.chiasm_large_pages(ctypes.c_void_p(first), ctypes.c_int64(last - first))
+            found.chiasm_large_pages(ctypes.c_void_p(first), ctypes.c_int64(last - first), ctypes.c_int32(False))
+
+
+def larger_pages(tensor: Tensor) -> None:
+    """Ask the system to give large pages to what will be written of a tensor of ``SMALL`` bytes at most.
+
+    A larger one would take much more memory than is used of it.
+    """
+    found, size = library(), tensor.numel() * tensor.element_size()
+    first, last = -(-tensor.data_ptr() // LARGE) * LARGE, (tensor.data_ptr() + size) // LARGE * LARGE
+    if found is not None and size <= SMALL and first < last:
+        found.chiasm_large_pages(ctypes.c_void_p(first), ctypes.c_int64(last - first), ctypes.c_int32(True))
 
 
 def _built(compiler: str, source: str) -> Path:

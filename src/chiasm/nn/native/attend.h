@@ -109,14 +109,20 @@ INLINED __m512i row_of(const uint16_t* x, int64_t position, int64_t end, int64_t
   return position < end && c < width ? some_of(x + position * width + c, width - c) : _mm512_setzero_si512();
 }
 
-template <bool WHOLE>
+// The products of a query and 16 positions, read as they lie in memory. W: the width in groups of 32, where it is known
+// and all positions are there; 0: any.
+template <int W>
 INLINED __m512 scores16(const uint16_t* keys, const uint16_t* q, int64_t t, int64_t end, int64_t width) {
   __m512 sums[16];
-  UNROLLED for (int j = 0; j < 16; j++) sums[j] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < width; c += 32) {
-    const __m512i x = all_of(q + c);
-    UNROLLED for (int j = 0; j < 16; j++)
-      sums[j] = product(sums[j], WHOLE ? all_of(keys + (t + j) * width + c) : row_of(keys, t + j, end, width, c), x);
+  UNROLLED for (int j = 0; j < 16; j++) {
+    sums[j] = _mm512_setzero_ps();
+    if constexpr (W > 0) {
+      UNROLLED for (int c = 0; c < W; c++)
+        sums[j] = product(sums[j], all_of(keys + (t + j) * 32 * W + 32 * c), all_of(q + 32 * c));
+    } else {
+      for (int64_t c = 0; c < width; c += 32)
+        sums[j] = product(sums[j], row_of(keys, t + j, end, width, c), all_of(q + c));
+    }
   }
   return sums_of_16(sums);
 }
@@ -166,7 +172,9 @@ static void attend(const Query* queries, int64_t count, const uint16_t* keys, co
       const Query& one = queries[i];
       const uint16_t* q = asked + i * wide;
       const __mmask16 seen = lanes_of(one.end - t) & ~lanes_of(one.begin - t);
-      const __m512 sums = whole ? scores16<true>(keys, q, t, end, width) : scores16<false>(keys, q, t, end, width);
+      const __m512 sums = whole && width == 64    ? scores16<2>(keys, q, t, end, width)
+                          : whole && width == 128 ? scores16<4>(keys, q, t, end, width)
+                                                  : scores16<0>(keys, q, t, end, width);
       const __m512 scores = _mm512_mask_mul_ps(none, seen, sums, scale);
       _mm512_storeu_ps(one.shares + t, scores);
       peaks[i] = _mm512_max_ps(peaks[i], scores);

@@ -144,7 +144,7 @@ INLINED __m512i all_of(const uint16_t* x) { return _mm512_loadu_si512(x); }
 struct Lines {  // what is to be fetched, in lines of 64 bytes
   const char *next, *end;
   INLINED_MEMBER void some(int64_t most) {
-    for (int64_t i = 0; i < most && next < end; i++, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+    for (int64_t i = 0; i < most && next < end; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
   }
 };
 
@@ -193,15 +193,14 @@ static __attribute__((noinline)) void tiles(const T* ws, int64_t step, const T* 
 
 // out[j * 16 + i] for `count` weight rows from `n` on and M activation rows from `m` on. The first pass reads one weight
 // row after the other, as they lie in memory, which is twice as fast as four side by side; those after it find them near
-// and take four, which are the fewest loads, and fetch what they can of the next panel where that does not drive this
-// one out.
+// and take four, which are the fewest loads, and fetch the next panel into the second cache.
 template <int M, class T>
 INLINED void dense(const Matrix& w, const std::vector<T>& x, int64_t stride, int64_t n, int64_t count, int64_t m,
                    Pass pass, float* out) {
   const T *ws = (const T*)((const char*)w.weights + n * w.stride), *xs = x.data() + m * stride;
   const int64_t step = w.stride / sizeof(T);
   if (M > FEW || pass.number == 0) return tiles<1, M>(ws, step, xs, stride, w.k, count, 0, {}, out);
-  const int64_t all = large(w) ? 0 : (PANEL * w.stride + 63) / 64, turns = pass.of - 1;
+  const int64_t all = (PANEL * w.stride + 63) / 64, turns = pass.of - 1;
   const char *next = (const char*)(ws + PANEL * step) + all * (pass.number - 1) / turns * 64;
   const Lines lines{next, next + all / turns * 64};
   if constexpr (M <= FEW) tiles<4, M>(ws, step, xs, stride, w.k, count, (2 + turns - 1) / turns, lines, out);

@@ -58,6 +58,7 @@ static __attribute__((noinline)) void pass(const uint32_t* ws, const uint16_t* f
   const int64_t step = stride / 2;
   for (int64_t p = 0; p < pairs; p++) {
     if (p < lines) _mm_prefetch(next + p * 64, _MM_HINT_T1);
+    if (p + pairs < lines) _mm_prefetch(next + (p + pairs) * 64, _MM_HINT_T1);
     const __m512i a = _mm512_loadu_si512(ws + p * BLOCK), b = _mm512_loadu_si512(ws + p * BLOCK + PANEL);
     UNROLLED for (int r = 0; r < M; r++) {
       const __m512i both = _mm512_set1_epi32(x[r * step + p]);
@@ -73,7 +74,7 @@ static __attribute__((noinline)) void pass(const uint32_t* ws, const uint16_t* f
 
 static inline int64_t some_rows(const uint32_t* ws, const uint16_t* x, int64_t stride, int64_t pairs, int64_t left,
                                 const char* next, int64_t lines, float* out) {
-  if (left >= 12) return pass<12>(ws, x, stride, pairs, next, lines, out), 12;
+  if (left >= 12 && left != 16) return pass<12>(ws, x, stride, pairs, next, lines, out), 12;
   if (left >= 8) return pass<8>(ws, x, stride, pairs, next, lines, out), 8;
   if (left >= 4) return pass<4>(ws, x, stride, pairs, next, lines, out), 4;
   if (left >= 2) return pass<2>(ws, x, stride, pairs, next, lines, out), 2;

@@ -375,10 +375,11 @@ void chiasm_linear(const Matrix* w, void* memory, int64_t m, const void* x, void
 }
 
 // Puts what lies at `start` on large pages: looking up a page of 4 KB takes as long as reading a good part of it.
-void chiasm_large_pages(const void* start, int64_t bytes) {
+// `later`: only what is written from now on.
+void chiasm_large_pages(const void* start, int64_t bytes, int32_t later) {
 #if defined(__linux__)
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which older headers lack; a kernel without it refuses
-  madvise((void*)start, bytes, COLLAPSE);
+  madvise((void*)start, bytes, later ? MADV_HUGEPAGE : COLLAPSE);
 #endif
 }
 }
