@@ -1,22 +1,28 @@
 """Do ViLT, ALBEF, VLMo and BEiT-3 use their pictures? Each tiny form against a blind twin, in one table.
 
-    python benchmarks/matching.py                      # questions about drawn shapes; minutes on one core
-    python benchmarks/matching.py --data nlvr --steps 3000 --folder ../shared/data/nlvr
+    python benchmarks/matching.py --steps 600          # questions about drawn shapes; minutes on one core
+    python benchmarks/matching.py --data SHAPES --steps 3000 --out runs/matching
+    python benchmarks/matching.py --data nlvr --steps 3000 --out runs/matching
 
 A twin is the same model with the same weights at the start, the same samples in the same order, and grey pictures.
 With ``--words`` a third has its pictures and always the same words: what is right then is right by the picture alone.
-Held-out pictures were never trained on. Results go to ``benchmarks/results/matching.json`` and ``.md``.
+Held-out pictures were never trained on. SHAPES (Andreas et al., arXiv:1511.02799) is there with 42 questions and up to
+64 pictures of each, twelve of which are held out; the others are shown in all colours and mirrored.
+Results go to ``benchmarks/results/matching.json`` and ``.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -30,6 +36,7 @@ from chiasm.types import Batch
 
 NETS = {"ViLT": "vilt-b32-vqa", "ALBEF": "albef-nlvr2", "VLMo": "vlmo-base-vqa", "BEiT-3": "beit3-base-vqa"}
 QUESTIONS = {"color": "what color is it?", "shape": "what shape is it?"}
+PURE = ("red", "green", "blue")
 TOKENIZER = "src/chiasm/weights/tiny-lm"
 
 
@@ -55,6 +62,39 @@ def nlvr(folder: str, splits: tuple[str, ...], count: int) -> list[dict[str, Any
     return [sample(made[i].messages[0].media, made[i].messages[0].text, made[i].answers[0]) for i in order]
 
 
+def yes_or_no(folder: str, held: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """SHAPES: yes/no questions about nine cells of coloured shapes; of each question ``held`` pictures are held out."""
+    by_question: dict[str, dict[bytes, tuple[Any, str]]] = {}
+    for part in ("train.tiny", "train.small", "val", "test"):
+        file = np.load(Path(folder) / "shapes_dataset" / f"{part}.npz")
+        asked = (Path(folder) / "shapes_dataset" / f"{part}.query_str.txt").read_text().splitlines()
+        for pixels, answer, question in zip(file["images"], file["answers"], asked, strict=True):
+            told = (pixels, "true" if answer else "false")
+            by_question.setdefault(question, {})[pixels.tobytes()] = told  # a picture twice is one
+    learn: list[tuple[Any, str, str]] = []
+    out, hidden, draw = [], set(), random.Random(0)
+    for question, told_of in by_question.items():
+        found = list(told_of.values())
+        draw.shuffle(found)
+        for pixels, answer in found[:held]:
+            out.append(sample([{"type": "image", "image": Image.fromarray(pixels)}], question + "?", answer))
+            hidden.add((question, pixels.tobytes()))
+        learn += [seen for pixels, answer in found[held:] for seen in alike(pixels, question, answer)]
+    learn = [x for x in learn if (x[1], x[0].tobytes()) not in hidden]
+    draw.shuffle(learn)
+    return [sample([{"type": "image", "image": Image.fromarray(x)}], q + "?", y) for x, q, y in learn], out
+
+
+def alike(pixels: Any, question: str, answer: str) -> Iterator[tuple[Any, str, str]]:
+    """The same question in other colours and from the other side: red, green and blue exchanged, and left and right."""
+    for order in itertools.permutations(range(3)):
+        names = {PURE[channel]: PURE[place] for place, channel in enumerate(order)}
+        for sides in ({}, {"left": "right", "right": "left"}):
+            words = " ".join((names | sides).get(word, word) for word in question.split())
+            turned = pixels[:, ::-1] if sides else pixels
+            yield np.ascontiguousarray(turned[:, :, list(order)]), words, answer
+
+
 def sample(media: Any, text: str, answer: str) -> dict[str, Any]:
     return {
         "messages": [{"role": "user", "content": [*media, text]}, {"role": "assistant", "content": answer}],
@@ -62,8 +102,8 @@ def sample(media: Any, text: str, answer: str) -> dict[str, Any]:
     }
 
 
-def model(preset: str, labels: list[str], dim: int, size: int) -> Any:
-    """A tiny form with a head over ``labels``, one picture a sample."""
+def model(preset: str, labels: list[str], dim: int, size: int, patch: int) -> Any:
+    """A tiny form with a head over ``labels``, one picture of ``size`` pixels a sample."""
     config = chiasm.preset(preset, tiny=True, vocab=1024)
     changes: dict[str, Any] = {
         "model.tasks.classes": len(labels), "model.images": 1, "model.dim": dim, "model.mlp": 2 * dim,
@@ -73,9 +113,9 @@ def model(preset: str, labels: list[str], dim: int, size: int) -> Any:
     }  # fmt: skip
     if config.model.type == "albef":
         changes |= {"model.vision.image_size": size, "model.vision.dim": dim, "model.vision.mlp": 2 * dim}
-        changes |= {"model.vision.patch": 8, "model.text_positions": 64}
+        changes |= {"model.vision.patch": patch, "model.text_positions": 64}
     else:
-        changes |= {"model.image_size": size, "model.patch": 8, "model.text_positions": 64}
+        changes |= {"model.image_size": size, "model.patch": patch, "model.text_positions": 64}
     if config.model.type == "modality_experts":
         changes["model.text_distance"] = 64
     torch.manual_seed(0)
@@ -127,23 +167,24 @@ def train(vlm: Any, learn: list[Batch], held: list[Batch], steps: int, lr: float
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    labels, size, patch = ["true", "false"], 64, 8
     if args.data == "shapes":
-        labels = [*COLORS, *SHAPES]
-        learn, held, size = shapes(1, args.samples), shapes(2, args.held), 32
+        labels, size = [*COLORS, *SHAPES], 32
+        learn, held = shapes(1, args.samples), shapes(2, args.held)
+    elif args.data == "SHAPES":
+        size, patch = 30, 10  # a cell is a patch
+        learn, held = yes_or_no(args.folder or "../shared/data/shapes_vqa", 12)
+        args.samples, args.held = len(learn), len(held)
     else:
-        labels = ["true", "false"]
-        learn, held, size = (
-            nlvr(args.folder, ("test", "hidden"), args.samples),
-            nlvr(args.folder, ("dev",), args.held),
-            64,
-        )
+        folder = args.folder or "../shared/data/nlvr"
+        learn, held = nlvr(folder, ("test", "hidden"), args.samples), nlvr(folder, ("dev",), args.held)
     rows = []
     for name, preset in NETS.items():
         if args.only not in (None, name):
             continue
         row: dict[str, Any] = {"model": name}
         for twin in ("", "pictures", "words") if args.words else ("", "pictures"):
-            vlm = model(preset, labels, args.dim, size)
+            vlm = model(preset, labels, args.dim, size, patch)
             row["parameters"] = vlm.num_parameters()
             if twin != "pictures":  # the blind twin's are those of the whole, with grey pictures
                 made = [batches(vlm.processor, part, args.batch) for part in (learn, held)]
@@ -172,8 +213,8 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("shapes", "nlvr"), default="shapes")
-    parser.add_argument("--folder", default="../shared/data/nlvr", help="of NLVR")
+    parser.add_argument("--data", choices=("shapes", "SHAPES", "nlvr"), default="shapes")
+    parser.add_argument("--folder", help="of NLVR or SHAPES; default: in ../shared/data")
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--held", type=int, default=384)
     parser.add_argument("--steps", type=int, default=200)

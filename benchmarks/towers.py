@@ -8,7 +8,8 @@ the disk and the same captions, takes its turn in each repeat, and its fastest t
 
 Two peers are compared with. *As its pages show it*: transformers in the type of the checkpoint (float32), batch by
 batch in one process. *At its best*: in bfloat16, with smaller batches (faster here) and a torch ``DataLoader`` whose
-worker processes open and process the pictures meanwhile.
+worker processes open and process the pictures meanwhile. The last row rounds the weights of the towers to 8 bits
+(``VLM.quantize``), which the others do not; what that does to vectors and to their neighbours is printed beside.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from PIL import Image
 
 import chiasm
 from chiasm.lm.tokenizer import Tokenizer
+from chiasm.nn.quality import nearness
 from chiasm.retrieve.vectors import Exact, Faiss
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT.parent / "shared" / "data" / "weights" / "tokenizers" / "clip"
 SIDES = (640, 480)
+INT8 = "chiasm, bfloat16, weights int8"
 FLOPS = {"image": 2 * 4.41e9, "text": 2 * 37.8e6}  # of ViT-B/32: a picture, and a token of a text
 
 
@@ -129,12 +132,15 @@ def _pooled(found: Any) -> torch.Tensor:
 
 
 def embedding(work: Path, options: argparse.Namespace, rate: dict[str, float]) -> list[dict[str, Any]]:
-    """Pictures and texts a second of both packages."""
+    """Pictures and texts a second of both packages, from files and strings to vectors."""
     folder = transformers_folder(work / "hf")
     vlm = chiasm.load(folder)
     low = chiasm.load(folder).to(torch.bfloat16)
+    rounded = chiasm.load(folder, dtype="bfloat16")
     paths, texts = pictures(work / "pictures", options.pictures), captions(4 * options.pictures)
     workers = os.cpu_count() or 1
+    told = rounded.quantize("int8", images=paths, texts=texts[: len(paths)])
+    print(f"int8 against bfloat16: {told}", flush=True)
     peers = {
         "transformers, float32": Peer(folder, torch.float32, 32),
         "transformers, bfloat16": Peer(folder, torch.bfloat16, 32),
@@ -143,7 +149,7 @@ def embedding(work: Path, options: argparse.Namespace, rate: dict[str, float]) -
     runs: dict[str, dict[str, Callable[[], torch.Tensor]]] = {"image": {}, "text": {}}
     for name, peer in peers.items():
         runs["image"][name], runs["text"][name] = (lambda p=peer: p.images(paths)), (lambda p=peer: p.texts(texts))
-    for name, model in {"chiasm, float32": vlm, "chiasm, bfloat16": low}.items():
+    for name, model in {"chiasm, float32": vlm, "chiasm, bfloat16": low, INT8: rounded}.items():
         runs["image"][name] = lambda m=model: m.embed(images=paths, batch=64)
         runs["text"][name] = lambda m=model: m.embed(texts=texts, batch=64)
     rows = []
@@ -174,6 +180,9 @@ def embedding(work: Path, options: argparse.Namespace, rate: dict[str, float]) -
             }
             row |= {"ceiling": round(done * FLOPS[kind] * tokens / 1e9 / limit, 3), "apart": round(apart[name], 5)}
             rows.append(row)
+            if name == INT8:
+                near = nearness(first["chiasm, bfloat16"], first[name])
+                row |= {"cosine": near.cosine, "worst": near.worst, "kept": near.kept}
             print(row, flush=True)
     return rows
 
@@ -279,7 +288,9 @@ def main() -> None:
         if "embedding" in wanted and not TOKENIZER.is_dir():
             print(f"towers: there is no {TOKENIZER}, so embedding is left out", flush=True)
             wanted.remove("embedding")
-        rows = {name: run() if name in wanted else [] for name, run in parts.items()}
+        file = results() / "towers.json"
+        before = json.loads(file.read_text()) if file.is_file() else {}  # what is left out now stays as it was
+        rows = {name: run() if name in wanted else before.get(name, []) for name, run in parts.items()}
     write(rows, options, found)
 
 
@@ -300,7 +311,8 @@ def write(rows: dict[str, list[dict[str, Any]]], options: argparse.Namespace, fo
         " texts of 6 to 29 words; decoding and tokenising included. *Times*: of transformers as its pages show it "
         "(float32, one process); *times best*: of the fastest way to use transformers here (bfloat16, batches of 16, "
         "decoding in worker processes). *Ceiling*: share of the matrix product's rate in the same type. *Apart*: "
-        "largest distance of a vector from that of transformers in float32.",
+        "largest distance of a vector from that of transformers in float32. *Weights int8*: rounded, which the peer "
+        "does not do; its ceiling is that of bfloat16 too, which it may pass.",
         "",
         "| what | run | a second | times | times best | ceiling | apart |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -309,6 +321,12 @@ def write(rows: dict[str, list[dict[str, Any]]], options: argparse.Namespace, fo
         f"| {r['what']} | {r['run']} | {r['per_s']} | {r['times']} | {r['times_best']} | {r['ceiling']:.1%} "
         f"| {r['apart']} |"
         for r in rows["embedding"]
+    ]
+    lines += [
+        f"\n{r['what']}: int8 weights against bfloat16: cosine {r['cosine']:.5f} (worst {r['worst']:.5f}), "
+        f"{r['kept']:.1%} of the ten nearest are the same."
+        for r in rows["embedding"]
+        if "kept" in r
     ]
     lines += ["", "An index over a folder of 128×96 JPEG files, by the playground's towers, two decoding threads.", ""]
     lines += ["| pictures | a second | peak of memory, MB |", "|---:|---:|---:|"]
