@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chiasm.cli.options import loading, open_model, quantized
+from chiasm.cli.options import loading, open_model, plain, quantized
 
 PATH = click.Path(path_type=Path)
 SHOWN = 20  # pictures told of in the terminal
@@ -109,7 +109,7 @@ def _told(console: Any, result: Any) -> None:
     table = Table("picture", "classes", box=None, pad_edge=False)
     for answer in result.answers[:SHOWN]:
         shares = "  ".join(f"{result.labels[index]} {share:.1%}" for index, share in answer.top)
-        table.add_row(answer.name, shares)
+        table.add_row(plain(answer.name), plain(shares))
     console.print(table, highlight=False)
     if len(result.answers) > SHOWN:
         console.print(f"… and {len(result.answers) - SHOWN} more", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -51,8 +52,6 @@ def command(
     console = Console()
     if not folder.is_dir():
         raise DataError(f"{folder}: is no folder; give one that holds pictures")
-    if ray is not None and quantize is not None:
-        raise ConfigError("--ray and --quantize do not go together: the actors load the model as it is")
     place = place or folder / FOLDER
     vlm, name = opened(place, model, device, dtype, ignore_fingerprint, quantize)
     index = Index.open(place, vlm, engine, made_by=name)  # type: ignore[arg-type]
@@ -60,6 +59,8 @@ def command(
     if ray is not None:
         from chiasm.retrieve.ray import embedder as shared
 
+        if quantize is not None:
+            raise ConfigError("--ray and --quantize do not go together: the actors load the model as it is")
         embedder = shared(name, actors=ray, batch=batch_size, dtype=dtype)
     columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -73,6 +74,13 @@ def command(
         lines = [line.strip() for line in read_lines(texts)]
         found = index.update_texts([line for line in lines if line], batch=batch_size)
         console.print(f"Texts: {found.added} new, {found.removed} deleted, {found.kept} as before", highlight=False)
+    _told(console, index)
+    held = ", ".join(f"{good:,} {kind}s" for kind, (good, _) in sorted(index.catalogue.counts().items()))
+    console.print(f"Index: {place} ({held})", highlight=False, soft_wrap=True)
+
+
+def _told(console: Any, index: Any) -> None:
+    """What could not be read, the first ten of each kind."""
     for kind, noun in (("image", "pictures"), ("text", "texts")):
         broken = list(index.catalogue.broken(kind))
         if broken:
@@ -82,8 +90,6 @@ def command(
             console.print(f"  {name}: {item.why}", highlight=False, markup=False, soft_wrap=True)
         if len(broken) > 10:
             console.print(f"  … and {len(broken) - 10} more", highlight=False)
-    held = ", ".join(f"{good:,} {kind}s" for kind, (good, _) in sorted(index.catalogue.counts().items()))
-    console.print(f"Index: {place} ({held})", highlight=False, soft_wrap=True)
 
 
 def opened(

@@ -101,3 +101,10 @@ def user_message(files: list[str], text: str) -> dict[str, Any]:
         content.append({"type": kind, kind: file})
     content.append({"type": "text", "text": text})
     return {"role": "user", "content": content}
+
+
+def plain(text: str) -> Any:
+    """A text for a table of the terminal, to the letter: brackets are no markup, and a line stays one line."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))

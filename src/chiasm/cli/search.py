@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from chiasm.cli.options import PICTURES, loading, quantized
+from chiasm.cli.options import PICTURES, loading, plain, quantized
 
 PATH = click.Path(path_type=Path)
 
@@ -47,6 +47,8 @@ def command(
 
     if not query.strip():
         raise DataError("the query is empty; give a text such as 'a red car', or the path of a picture")
+    if Path(query).suffix.lower() in PICTURES and len(query.split()) == 1 and not Path(query).is_file():
+        raise DataError(f"{query}: there is no such picture; give the path of one, or a text of several words")
     place = where if (where / CATALOGUE).is_file() else where / FOLDER
     if not (place / CATALOGUE).is_file():
         raise DataError(f"{where}: holds no index; make one: chiasm index {where} --model MODEL, or name it with --in")
@@ -64,7 +66,7 @@ def command(
     table.add_column("cosine", justify="right")
     table.add_column("text" if among == "text" else "picture", overflow="fold")
     for hit in hits:
-        table.add_row(f"{hit.score:.3f}", hit.name)
+        table.add_row(f"{hit.score:.3f}", plain(hit.name))
     console.print(table)
     page = write_page(html or place / "search.html", Path(query) if is_picture else query, hits, index)
     console.print(f"Page: {page}", highlight=False, soft_wrap=True)

@@ -92,6 +92,7 @@ def zero_shot_folder(
     files, found = listed(folder)
     names, places = classes_of(folder, found, labels)
     vectors = zero_shot.class_vectors(vlm.model, vlm.processor, names, templates)
+    zero_shot.check_choice(names, independent)
 
     def judge(given: Tensor) -> Tensor:
         return zero_shot.probabilities(vlm.model, given, vectors, independent)
@@ -113,6 +114,8 @@ def probe_folder(
         from sklearn.linear_model import LogisticRegression
     except ImportError:
         raise ConfigError("the linear probe needs scikit-learn: pip install 'chiasm[demo]'") from None
+    if train.resolve() == folder.resolve():
+        raise DataError(f"{train}: the probe would be judged by the pictures it is fitted to; give it another folder")
     shown, names = listed(train)
     labels = sorted(names)
     shown = [file for file in shown if class_of(file) in names]

@@ -52,7 +52,8 @@ class Reader:
         try:
             sample: Sample = self.processor(conversation(item, self.kind, self.processor.template), id=name)
         except DataError as error:
-            return error
+            alone = f"sample {name!r}, medium 1 of 1: "  # there is no sample here, and the error names the picture
+            return DataError(str(error).removeprefix(alone), error.fault) if named else error
         if sample.lost and not self.truncate:
             start = item if len(item) <= 40 else item[:37] + "..."
             return DataError(

@@ -39,6 +39,7 @@ def classify(
     Raises DataError for labels, templates or pictures that cannot be used; ConfigError.
     """
     weights = class_vectors(model, processor, labels, templates, batch)  # [labels, D]
+    check_choice(labels, independent)
     pictures = embed(model, processor, images=images, batch=batch, workers=workers)  # [n, D]
     return probabilities(model, pictures, weights, independent)
 
@@ -91,6 +92,15 @@ def check_labels(labels: Sequence[str]) -> list[str]:
             "probability; take one out"
         )
     return found
+
+
+def check_choice(labels: Sequence[str], independent: bool) -> None:
+    """Raises DataError for one label alone that shares its probability with no other: it would always be certain."""
+    if len(labels) == 1 and not independent:
+        raise DataError(
+            f"there is one label, {labels[0]!r}: its probability is 1 whatever a picture shows; give another beside "
+            "it, or judge it for itself (independent, for models with a sigmoid loss)"
+        )
 
 
 def template_set(templates: Templates) -> list[str]:

@@ -133,6 +133,8 @@ def open_file(path: str | Path, place: Place, noun: str) -> Iterator[BinaryIO]:
         stream = open(path, "rb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
         told = f"{what} does not exist; check the path and the folder it should be in"
+        if "\\udc" in str(path):
+            told = f"{what}: its name holds bytes that are no UTF-8; rename the file"
         raise DataError(told, "missing_picture") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{what} cannot be read ({reason(error)}); check the path", "missing_picture") from None

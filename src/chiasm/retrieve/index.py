@@ -29,6 +29,7 @@ from chiasm.retrieve.vectors import Exact, Faiss, Vectors
 FOLDER = ".chiasm-index"
 CATALOGUE = "catalogue.sqlite"
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2"})
+SUFFIXES |= {".jfif", ".jpe", ".mpo", ".heic", ".heif", ".jxl"}  # the last three cannot be read, and are told
 HOLES = 0.25
 """Share of removed vectors above which the files are written anew without them."""
 
@@ -298,9 +299,11 @@ def pictures(root: Path, index: Path | None = None) -> Iterator[tuple[str, tuple
             path = here / file
             if file.startswith(".") or path.suffix.lower() not in SUFFIXES:
                 continue
+            name = path.relative_to(root).as_posix()
             try:
+                name.encode()
                 state = path.stat()
-            except OSError:  # a link to nothing, or a file that went meanwhile
-                yield path.relative_to(root).as_posix(), (-1, 0)
+            except (OSError, UnicodeError):  # a link to nothing, a file that went, a name that cannot be written down
+                yield name.encode("utf-8", "backslashreplace").decode(), (-1, 0)
                 continue
-            yield path.relative_to(root).as_posix(), (state.st_size, state.st_mtime_ns)
+            yield name, (state.st_size, state.st_mtime_ns)
