@@ -155,7 +155,9 @@ def test_verbs_hand_the_width_of_weights_on(verb: str, red: Path, monkeypatch: p
         raise ConfigError(f"asked for {options['quantize']}")
 
     monkeypatch.setattr(chiasm, "load", load)
-    done = CliRunner().invoke(main, [verb, "model", str(red), *(["?"] * (verb != "eval")), "--quantize", "int4"])
+    recipe = Path(__file__).parents[2] / "recipes" / "llava-1.5.yaml"  # eval reads it before the model
+    words = [str(recipe), "--tiny"] if verb == "eval" else [str(red), "?"]
+    done = CliRunner().invoke(main, [verb, "model", *words, "--quantize", "int4"])
     assert "asked for int4" in done.output + str(done.exception)
 
 
