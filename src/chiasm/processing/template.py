@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from pydantic import Field
+
 from chiasm import registry
 from chiasm.config import Config, PartConfig
 from chiasm.errors import ConfigError, DataError
@@ -92,7 +94,7 @@ class TurnsConfig(TemplateConfig):
     strip: bool = False  # white space around each text is taken off
     media_at: Literal["front", "front_if_single", "inline"] = "front"
     media_wrap: tuple[str, str] = ("", "")
-    wraps: dict[str, tuple[str, str]] = {}  # of kinds of media that have one of their own
+    wraps: dict[str, tuple[str, str]] = Field(default_factory=dict)  # of kinds of media that have one of their own
     share_wrap: bool = False  # media that follow each other share the text between them (Idefics)
     media_suffix: str = "\n"  # after a medium that stands before the text of its turn
     controls: tuple[str, ...] = ()  # the control tokens in these strings; a tokenizer without one of them is refused
