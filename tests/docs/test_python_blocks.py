@@ -87,7 +87,8 @@ def test_a_block_runs(
     monkeypatch.setattr(chiasm, "load", stand_in(folders), raising=False)
     question = [{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What?"}]}]
     names: dict[str, Any] = {"chiasm": chiasm, "messages": question, "conversations": [question]}
-    names["vlm"] = chiasm.load("a model that answers")
+    names["vlm"] = chiasm.load("a clip" if page == "docs/retrieval.md" else "a model that answers")
+    names |= {"paths": ["a.jpg", "b.jpg"], "captions": ["a cat", "a dog"]}
     code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=2", code)
     code = code.replace(", workers=4", "")
     exec(compile(code, f"{page}, block {number}", "exec"), names)
