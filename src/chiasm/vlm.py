@@ -155,8 +155,9 @@ class VLM:
         Raises ConfigError where there is no such device or type.
         """
         args = tuple(_place(word) for word in args)
-        given = {"device": as_device, "dtype": as_dtype}
-        self.model.to(*args, **{key: given.get(key, lambda value: value)(value) for key, value in kwargs.items()})
+        read: dict[str, Any] = {"device": as_device, "dtype": as_dtype}
+        named: dict[str, Any] = {key: read[key](value) if key in read else value for key, value in kwargs.items()}
+        self.model.to(*args, **named)
         return self
 
     def eval(self) -> VLM:
