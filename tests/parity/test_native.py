@@ -83,6 +83,52 @@ def test_a_step_in_bfloat16_is_nearer_to_float32_than_torch_is():
 
 
 @compiler
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tied": True},
+        {"qkv_bias": True, "qk_norm": True, "out_bias": True, "mlp_bias": True, "activation": "gelu"},
+        {"heads": 4, "kv_heads": 1, "head_dim": 36, "mlp": 130, "sliding_window": 70, "rotary_share": 0.5},
+    ],
+)
+@pytest.mark.parametrize("how", [None, "int8"])
+def test_a_prompt_is_the_same_bit_by_bit_in_any_chunks(changes, how):
+    lm, count = decoder(**changes, max_positions=160), 150
+    ids = torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(1))
+    positions, c = torch.arange(count), lm.config
+
+    def whole() -> torch.Tensor:
+        return lm.head(lm(lm.embed(ids.unsqueeze(0)), positions.unsqueeze(0), torch.ones(1, count).long()))[0].float()
+
+    def chunks(size: int, threads: int, beside: bool) -> torch.Tensor:
+        """Logits of all positions in slot 1; ``beside``: another prompt's tokens before each chunk, in slot 2."""
+        pool = torch.full((c.depth, 2, 3, c.kv_heads, 160, c.width), float("nan"), dtype=torch.bfloat16)
+        step, found = Compiled.of(lm, pool), []
+        assert step is not None
+        for begin in range(0, count, size):
+            own = list(range(begin, min(begin + size, count)))
+            other = list(range(begin, min(begin + 5, count))) if beside else []
+            slots, places = int32(*[2] * len(other), *[1] * len(own)), int32(*other, *own)
+            rows = int32(*range(len(other), len(other) + len(own)))
+            given = torch.cat((ids[other].flip(0), ids[own]))
+            if beside:
+                pool[:, :, 2] = 0.5  # what the other has not computed
+            found.append(step.step(given, slots, places, rows, threads, prompt=True))
+        return torch.cat(found)
+
+    with torch.inference_mode():
+        exact = whole()
+        lm = lm.to(torch.bfloat16)
+        theirs = (whole() - exact).abs().mean()
+        if how is not None:
+            quantize_model(Holder(lm), how)
+            theirs = 8 * theirs
+        found = chunks(count, 1, False)
+        assert torch.equal(found, chunks(7, 2, False)) and torch.equal(found, chunks(67, 1, True))
+    assert (found - exact).abs().mean() < theirs
+
+
+@compiler
 @pytest.mark.parametrize("how", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
