@@ -5,5 +5,7 @@ A metric that scores captions by a whole set has ``over`` besides: see ``chiasm.
 
 from chiasm.eval.metrics import captions as captions
 from chiasm.eval.metrics import choices as choices
+from chiasm.eval.metrics import gqa as gqa
+from chiasm.eval.metrics import speech as speech
 from chiasm.eval.metrics import text as text
 from chiasm.eval.metrics import vqa as vqa

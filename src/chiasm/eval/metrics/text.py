@@ -25,6 +25,16 @@ def normalise(text: str) -> str:
     return " ".join(w for w in (word.strip(".,;:!?\"'()[]") for word in text.lower().split()) if w)
 
 
+def edits(a: Sequence[str], b: Sequence[str]) -> int:
+    """The fewest insertions, deletions and exchanges that make ``b`` of ``a``: characters of texts, words of lists."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
 def _f1(a: list[str], b: list[str]) -> float:
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common / (len(a) + len(b)) if common else float(a == b)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from chiasm.eval.metrics.text import edits
 from chiasm.registry import register
 
 SIGNS = ';/[]"{}()=+\\_-><@`,?!'
@@ -104,12 +105,7 @@ def _words(text: str) -> str:
 
 def _likeness(a: str, b: str) -> float:
     """1 where two texts are equal, 0 where nothing of the longer one is left."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return 1 - row[-1] / max(len(a), len(b)) if a or b else 1.0
+    return 1 - edits(a, b) / max(len(a), len(b)) if a or b else 1.0
 
 
 def _relaxed(prediction: str, answer: str) -> bool:
