@@ -353,13 +353,13 @@ def test_recomputed_blocks_give_the_same_gradients():
 @torch.no_grad()
 def test_a_medium_without_a_slot_runs_and_is_not_seen():
     """What sharded training gives a rank that has no picture while others do."""
-    from chiasm.train.shard import form, nowhere
+    from chiasm.train.shard import forms, nowhere
 
     model = made()
     batch = collate([sample("none", TALKS["none"])], 0)
     expected = model(batch, logits="all").logits
     media = collate([sample("one", TALKS["one"])], 0).media["image"]
-    batch.media = {"image": nowhere(form(media))}
+    batch.media = {"image": nowhere(forms(media)[SHAPE])}
     batch.media["image"].inputs = batch.media["image"].inputs.double()
     calls: list[int] = []
     model.encoders["image"].register_forward_hook(lambda *_: calls.append(1))

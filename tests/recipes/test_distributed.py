@@ -43,7 +43,7 @@ class InOrder(Mixture):
         return torch.tensor([[0, i] for i in range(len(self))])
 
 
-def samples(folder: Path, kinds: list[int] = KINDS, bad: int | None = None) -> Mixture:
+def samples(folder: Path, kinds: list[int] = KINDS, bad: int | None = None, sizes=((16, 16),)) -> Mixture:
     """Samples with so many pictures each, and answers of unequal length; the picture of ``bad`` is missing."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     records = []
@@ -51,7 +51,9 @@ def samples(folder: Path, kinds: list[int] = KINDS, bad: int | None = None) -> M
         names = [f"{i}-{k}.png" for k in range(pictures)]
         for k, name in enumerate(names):
             if i != bad:
-                Image.new("RGB", (16, 16), list(COLORS.values())[(i + k) % 4]).save(folder / "pictures" / name)
+                Image.new("RGB", sizes[(i + k) % len(sizes)], list(COLORS.values())[(i + k) % 4]).save(
+                    folder / "pictures" / name
+                )
         turns = [
             {"from": "human", "value": "<image>" * pictures + f"What is it? {i}"},
             {"from": "gpt", "value": "red" * (1 + i % 4)},
@@ -89,8 +91,9 @@ def stage(batch: int, accumulate: int, **settings: Any) -> Stage:
 def run(folder: Path, ranks: Any, kinds: list[int] = KINDS, resume=False, stop_at=-1, bad=None, skip=None, **settings):
     """A run of the tiny model on ``ranks``; gives its gradients by step and its weights."""
     own = folder / f"rank{ranks.rank}"
-    mixture = samples(own, kinds, bad)
-    vlm = tiny_vlm(own)
+    config, sizes = settings.pop("config", None), settings.pop("sizes", ((16, 16),))
+    mixture = samples(own, kinds, bad, sizes)
+    vlm = tiny_vlm(own, config=config)
     settings = {"batch": 2, "accumulate": 1} | settings
     done = Kept(
         *(vlm.model, renderer(vlm), stage(**settings), mixture, folder / "run"),
@@ -164,6 +167,25 @@ def compare(folder: Path, count: int, mode: str, cuts: list[tuple[int, int]], pl
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_take_the_step_of_one(tmp_path: Path, mode: str):
     compare(tmp_path, 2, mode, CUTS, ["end_to_end"])
+
+
+def of_several_sizes(folder: Path, mode: str) -> Any:
+    config = model_config()
+    front = {"type": "proportional", "placeholder": "<image>", "shortest_edge": 16, "multiple": 8}
+    config["processing"]["media"]["image"] = front
+    sizes = ((16, 16), (16, 32), (32, 16))
+    with distributed.started("cpu", mode, patience=60) as ranks:
+        return run(folder, ranks, [2, 1, 3, 0, 1, 1], steps=3, config=config, sizes=sizes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_of_sizes_that_only_one_rank_has(tmp_path: Path, mode: str):
+    """Sizes are encoded one after the other: a rank with fewer of them keeps the meetings of the others."""
+    found = launch(2, of_several_sizes, tmp_path / "many", mode)
+    alone = launch(1, of_several_sizes, tmp_path / "one", "replicate")[0]
+    for step, wanted in enumerate(alone["gradients"]):
+        for result in found:
+            assert apart(result["gradients"][step], wanted) <= 1e-6, step
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -82,11 +82,11 @@ def model_config(dim: int = 32) -> dict[str, Any]:
     }
 
 
-def tiny_vlm(folder: Path, seed: int = 0) -> VLM:
-    """The tiny model, with biases and norms away from 0 and 1."""
+def tiny_vlm(folder: Path, seed: int = 0, config: dict[str, Any] | None = None) -> VLM:
+    """The tiny model, or another, with biases and norms away from 0 and 1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vlm = build(model_config(), tokenizer=tokenizer_folder(folder / "tokenizer"))
+        vlm = build(config or model_config(), tokenizer=tokenizer_folder(folder / "tokenizer"))
         for p in vlm.parameters():
             if p.ndim == 1:
                 p.data += 0.1 * torch.randn_like(p)

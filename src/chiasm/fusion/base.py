@@ -39,6 +39,7 @@ class Fusion(nn.Module):
 
     Config: type[FusionConfig] = FusionConfig
     config: FusionConfig
+    size_by_size: bool = False  # media of several sizes in a batch are encoded one size after the other
     silent: str = ""  # for a model that writes no text: what to do with it instead
 
     @classmethod

@@ -241,7 +241,7 @@ class CrossAttention(Splice):
 
     def encode(self, kind: str, media: MediaBatch, ids: list[str], named: dict[str, Any]) -> Tensor:
         """All media of a kind → their vectors ``[sum of counts, D_media]``. Raises DataError."""
-        if len(media.slots) not in (0, len(media.layouts)):
+        if len(media.slots) > len(media.layouts) or any(count != 1 for count in media.counts):
             raise DataError(
                 f"sample {ids[media.owners[0]]!r}: {len(media.layouts)} media of kind {kind} take {len(media.slots)} "
                 "tokens, one each was expected; make the batch with the model's own processor"

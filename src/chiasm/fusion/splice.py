@@ -44,6 +44,8 @@ class Stream(Config):
 class Splice(Fusion):
     """Encoder → connector → merge → the slots of the language model's input."""
 
+    size_by_size = True
+
     class Config(FusionConfig):
         """Parts by name; ``media`` says for each kind of media which parts serve it."""
 

@@ -6,8 +6,9 @@ rank; a block's weights are gathered while it runs. Frozen parts are spread too.
 Gathering is a meeting of all ranks, so all must run the same blocks in the same order. Before each micro-batch the
 ranks tell each other which kinds of media they hold; where one has a kind, every other runs that encoder and connector
 too, on a medium without slots: no sequence sees its vectors, so its gradients are zeros exactly, and every meeting is
-kept while the others compute theirs. (A batch of zero pictures would do, but not every tower takes one.) A rank that
-has no sample left runs a row of two tokens, whose loss counts 0 times.
+kept while the others compute theirs. Where sizes of pictures are encoded one after the other, that holds for each
+size. (A batch of zero pictures would do, but not every tower takes one.) A rank that has no sample left runs a row of
+two tokens, whose loss counts 0 times.
 
 FSDP's own arithmetic is a mean over ranks; its divisor is set to 1, so that sums stay sums.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +113,25 @@ class Shards(Ranks):
 
     def told(self, batch: Batch | None) -> dict[str, Any]:
         """The kinds of media, and what is needed to run their parts without one."""
-        return {kind: form(media) for kind, media in (batch.media if batch is not None else {}).items()}
+        return {kind: forms(media) for kind, media in (batch.media if batch is not None else {}).items()}
 
     def completed(self, spec: Spec, batch: Batch | None, turns: Sequence[Turn]) -> tuple[Spec, Batch | None]:
-        """The batch with a medium nowhere of the kinds that only others have, and all kinds in one order."""
+        """The batch with a medium nowhere of the kinds, and of the sizes that are encoded one after the other, which
+        only others have; all kinds in one order.
+        """
         self.watchdog.at(f"step {spec.step + 1}, micro-batch {spec.part + 1} of {spec.parts}", waits=True)
-        forms: dict[str, Any] = {}
-        for turn in turns:
-            forms = turn.media | forms
-        if batch is None:
-            batch = padding()
-        media = {kind: batch.media.get(kind) or nowhere(forms[kind]) for kind in sorted(forms)}
+        wanted: dict[str, dict[tuple[int, ...], Form]] = {}
+        for kind, found in (item for turn in turns for item in turn.media.items()):
+            wanted[kind] = found | wanted.get(kind, {})
+        batch = padding() if batch is None else batch
+        media = {}
+        for kind, sizes in sorted(wanted.items()):
+            own = batch.media.get(kind)
+            held = {layout.shape for layout in own.layouts} if own else set()
+            others = [nowhere(sizes[size]) for size in sorted(sizes.keys() - held)]
+            if not self.model.size_by_size:
+                others = [] if own else others[:1]
+            media[kind] = beside([own, *others] if own else others)
         batch.media = media
         return spec, batch
 
@@ -205,11 +215,49 @@ def _values(masters: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
 Form = tuple[tuple[int, ...], Layout, int, int | None]
 
 
-def form(media: MediaBatch) -> Form:
-    """What another rank needs to run a kind's parts: a unit's shape, the smallest medium, the instruction's length."""
-    smallest = min(range(len(media.counts)), key=lambda i: media.counts[i])
+def forms(media: MediaBatch) -> dict[tuple[int, ...], Form]:
+    """What another rank needs to run a kind's parts, for each size of its units: a unit's shape, the smallest medium,
+    its tokens, the instruction's length.
+    """
     instruction = None if media.cond is None else media.cond.ids.shape[1]
-    return tuple(media.inputs.shape[1:]), media.layouts[smallest], media.counts[smallest], instruction
+    sizes = {layout.shape for layout in media.layouts}
+    found = {}
+    for size in sizes:
+        items = [i for i, layout in enumerate(media.layouts) if layout.shape == size]
+        smallest = min(items, key=lambda i: media.counts[i])
+        shape = size if len(sizes) > 1 else tuple(media.inputs.shape[1:])
+        found[size] = (shape, media.layouts[smallest], media.counts[smallest], instruction)
+    return found
+
+
+def beside(parts: Sequence[MediaBatch]) -> MediaBatch:
+    """Media of one kind as one batch: those with slots come first. Zeros fill up to the largest size."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    largest = [max(sides) for sides in zip(*(part.inputs.shape[1:] for part in parts), strict=True)]
+    cond = None
+    if first.cond is not None:
+        conds = [part.cond for part in parts if part.cond is not None]
+        length = [max(c.ids.shape[1] for c in conds)]
+        ids, mask = (torch.cat([filled(t, length) for t in many]) for many in zip(*((c.ids, c.mask) for c in conds)))
+        cond = Condition(ids, mask)
+    return replace(
+        first,
+        inputs=torch.cat([filled(part.inputs, largest) for part in parts]),
+        layouts=[layout for part in parts for layout in part.layouts],
+        counts=[count for part in parts for count in part.counts],
+        owners=[owner for part in parts for owner in part.owners],
+        cond=cond,
+    )
+
+
+def filled(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows ``[N, ...]`` filled up with zeros to ``[N, *shape]``, behind what they hold."""
+    found = rows.new_zeros(len(rows), *shape)
+    corner: Any = (slice(None), *map(slice, rows.shape[1:]))
+    found[corner] = rows
+    return found
 
 
 def nowhere(given: Form) -> MediaBatch:
