@@ -13,6 +13,9 @@ from chiasm.config import PartConfig
 from chiasm.errors import ConfigError, nearest
 from chiasm.fusion.base import Fusion, FusionConfig
 
+SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Types by the names that recipes and other trainers use."""
+
 
 def as_device(device: str | torch.device | None) -> torch.device | None:
     """A device that is there; None stays None. Raises ConfigError."""
@@ -29,10 +32,10 @@ def as_device(device: str | torch.device | None) -> torch.device | None:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch type from its name. Raises ConfigError."""
+    """A torch type from its name, also a short one as recipes write it. Raises ConfigError."""
     if dtype is None:
         return None
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    found = dtype if isinstance(dtype, torch.dtype) else SHORT.get(str(dtype)) or getattr(torch, str(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(
             f"unknown dtype {dtype!r}; {nearest(str(dtype), ['float32', 'bfloat16', 'float16', 'float64'])}"

@@ -20,7 +20,7 @@ from chiasm.checkpoints import folder as own
 from chiasm.checkpoints.hub import local_folder
 from chiasm.checkpoints.parts import load_part
 from chiasm.checkpoints.vocabulary import check_vocabulary
-from chiasm.compose import as_device, as_dtype, build_model, check_counts, install
+from chiasm.compose import SHORT, as_device, as_dtype, build_model, check_counts, install
 from chiasm.conversation import Chat
 from chiasm.convert.io import read_json, replaced_folder
 from chiasm.errors import CheckpointError, ConfigError, nearest
@@ -364,7 +364,7 @@ def unit_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
 
 def _place(word: Any) -> Any:
     """A device or a type from its name, or what is neither."""
-    kind = getattr(torch, word, None) if isinstance(word, str) else word
+    kind = SHORT.get(word) or getattr(torch, word, None) if isinstance(word, str) else word
     if isinstance(kind, torch.dtype):
         return as_dtype(kind)
     return as_device(word) if isinstance(word, str | torch.device) else word

@@ -89,6 +89,7 @@ def test_a_device_or_type_that_is_not_there(vlm: chiasm.VLM, monkeypatch: pytest
 
 def test_types_by_name(saved: Path):
     vlm = chiasm.load(saved)
+    assert vlm.to("bf16").dtype == torch.bfloat16
     assert vlm.to("bfloat16").dtype == torch.bfloat16 and vlm.to("cpu", dtype="float32").dtype == torch.float32
     assert vlm.to("cpu", torch.float64).dtype == torch.float64
 
