@@ -210,7 +210,7 @@ SOUNDS = {"video-llama-7b-audio": VICUNA_7B, "video-llama-13b-audio": VICUNA_13B
 @pytest.mark.parametrize("name", SOUNDS)
 def test_parameters_of_a_branch_for_sounds(name):
     """The vision branch; transformers' Q-Former on vectors of 1024; 8 queries, 8 positions, one layer; the tower's are
-    counted in ``tests/parity/test_sound.py``.
+    counted in ``tests/parity/test_imagebind_sound.py``.
     """
     transformers = pytest.importorskip("transformers")
     small = transformers.Blip2QFormerConfig(num_hidden_layers=2, cross_attention_frequency=1, encoder_hidden_size=1024)

@@ -55,6 +55,11 @@ ENCODERS: dict[str, tuple[dict[str, Any], list[tuple[int, ...]], tuple[str, ...]
         [(6, 48), (9, 48), (1, 48)],
         (),
     ),
+    "imagebind_audio": (
+        {"type": "imagebind_audio", "bins": 24, "frames": 44, **TINY_BODY, "out": 12},
+        [(1, 24, 44)],  # its positions fit one size
+        (),
+    ),
     "resnet": ({"type": "resnet", "blocks": [1, 1, 2, 1], "width": 8}, [(3, 64, 64), (3, 64, 96)], ()),
     "efficientnet": (
         {"type": "efficientnet", "width": 0.5, "depth": 1.0, "stages": TINY_STAGES, "square_padding": [1]},
@@ -79,6 +84,10 @@ CONNECTORS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "gate/tanh": ({"type": "gate", "mode": "residual_tanh"}, {"image": 6, "detail": 4}),
     "hierarchical": (
         {"type": "hierarchical", "frame": TINY_BODY, "clip": TINY_BODY, "frame_queries": 4, "frames": 1, "queries": 3},
+        {"image": 6},
+    ),
+    "timeline": (
+        {"type": "timeline", "units": 1, "queries": 3, "dim": 16, "depth": 2, "heads": 2, "mlp": 20},
         {"image": 6},
     ),
     "mqt": ({"type": "mqt", "queries": 9, "use": 4, "heads": 2}, {"image": 8}),
@@ -222,7 +231,7 @@ def test_encoder_saves_and_loads(key: str):
 @pytest.mark.parametrize("key", ENCODERS)
 def test_encoder_in_bfloat16(key: str):
     model = encoder(key).eval()
-    x = units_of(key, 2, ENCODERS[key][1][1])
+    x = units_of(key, 2, ENCODERS[key][1][-1])
     wide = model(x).x
     narrow = model.to(torch.bfloat16)(x).x
     assert narrow.dtype == torch.bfloat16

@@ -27,7 +27,7 @@ ELSEWHERE = {
 NOT_HERE = {
     ("docs/serving.md", 0): "needs a server; tests/serving/test_clients.py talks to one with that client",
     ("docs/query-transformers.md", 0): "MiniGPT-5's tiny form is run by tests/parity/test_vokens.py",
-    ("docs/query-transformers.md", 1): "a clip with sound; tests/parity/test_sound.py asks the same",
+    ("docs/query-transformers.md", 1): "a clip with sound; tests/parity/test_imagebind_sound.py asks the same",
     ("docs/query-transformers.md", 2): "two kinds of models; ranks and pairs are run in tests/parity/test_blip2_hf.py",
     ("docs/query-transformers.md", 3): "reads a file of LAVIS; tests/parity/test_lavis.py",
     ("docs/fused-models.md", 0): "test_fused_page.py",

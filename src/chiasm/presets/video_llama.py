@@ -202,7 +202,7 @@ VIDEO_LLAMA_AUDIO = System(
         "Sounds: the filter bank of transformers' `ASTFeatureExtractor` within 1e-4, tones at other rates against "
         "themselves; the tower against torch's `MultiheadAttention(add_bias_kv=True)` in float64; the audio branch "
         "against transformers' Q-Former; the files of ImageBind and of the audio branch, written under their names and "
-        "read back. No released file could be opened here. `tests/parity/test_sound.py`",
+        "read back. No released file could be opened here. `tests/parity/test_imagebind_sound.py`",
     ),
 )
 

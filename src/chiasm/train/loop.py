@@ -158,6 +158,16 @@ class StageRun:
             raise ConfigError("feature_cache needs the whole encoder on each rank; use parallel: replicate")
         self.features = FeatureCache(folder, self.model) if folder else None
         try:
+            self._prepared(resume)
+        except RuntimeError as error:  # torch tells that a worker died wherever the run is, also where it tidies up
+            raise died(error, self.stage.workers) or error from None
+        self.model = self.ranks.whole(ordinary).eval()
+        if self.ranks.sharded and self.probe:
+            self.probe.use(self.model)  # type: ignore[attr-defined]
+
+    def _prepared(self, resume: bool) -> None:
+        """The steps, with the model as the stage wants it; it is given back as it was."""
+        try:
             speed.prepare(self.model, self.stage)
             # Dropout may draw from the global generators, on each rank another; the caller's are left as they were.
             with forked(*self.ranks.seeds(self.seed)):
@@ -170,16 +180,11 @@ class StageRun:
                         JsonLog(self.out / "log.jsonl", start if resume else None), *self.around.sinks(start)
                     )
                 self._run(start)
-        except RuntimeError as error:
-            raise died(error, self.stage.workers) or error from None
         finally:
             self.log.close()
             self.masters.restore()
             speed.settle(self.model)
             self.model.eval()
-        self.model = self.ranks.whole(ordinary).eval()
-        if self.ranks.sharded and self.probe:
-            self.probe.use(self.model)  # type: ignore[attr-defined]
 
     def _run(self, start: int) -> None:
         most = self.around.bad.most(len(self.batches.mixture))
