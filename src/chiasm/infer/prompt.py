@@ -142,13 +142,18 @@ def marks(prompt: Prompt, ids: Tensor | None = None) -> Tensor:
 
 
 def state_of(model: Any) -> bytes:
-    """A hash that changes when a parameter is replaced, moved or changed in place: what is remembered is then stale."""
-    found = []
-    for module in model.modules():  # their order stands for the names, which take longer to spell
+    """A mark that changes when a parameter is replaced, moved or changed in place: what is remembered is then stale.
+
+    It is taken at every request, so modules are walked without spelling their names; it means nothing elsewhere.
+    """
+    found, left = [], [model]
+    while left:
+        module = left.pop()
+        left.extend(child for child in module._modules.values() if child is not None)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype))
-    return hashlib.sha256(repr(found).encode()).digest()
+    return hash(tuple(found)).to_bytes(8, "little", signed=True)
 
 
 __all__ = ["Medium", "Prompt", "asked", "chain", "marks", "prompts_of", "state_of"]
