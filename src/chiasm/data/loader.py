@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,7 +199,7 @@ def load(
     workers: int = 0,
     skips: Skips | None = None,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[Spec, Batch | None]]:
+) -> Generator[tuple[Spec, Batch | None], None, None]:
     """The batches of steps ``start`` … ``stop - 1``. Workers start with the first batch asked for.
 
     ``share`` is ``(rank, ranks)``: each rank is given its own part of every step.
@@ -216,20 +217,29 @@ def load(
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
     made_by = iter(loader)
-    while True:
-        try:
-            spec, made, bad = next(made_by)
-        except StopIteration:
-            return
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            raise died(error, workers) or error from None
-        for sample, fault in bad:
-            if skips is None:
-                raise fault
-            skips.add(spec.step + 1, sample, fault)
-        if isinstance(made, ChiasmError):
-            raise made
-        yield spec, made
+    try:
+        while True:
+            try:
+                spec, made, bad = next(made_by)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                raise died(error, workers) or error from None
+            for sample, fault in bad:
+                if skips is None:
+                    raise fault
+                skips.add(spec.step + 1, sample, fault)
+            if isinstance(made, ChiasmError):
+                raise made
+            yield spec, made
+    finally:
+        _ended(made_by)
+
+
+def _ended(made_by: Any) -> None:
+    """No workers from here on: as long as torch knows of one that died, it says so in the middle of anything."""
+    with suppress(RuntimeError):  # also of this
+        getattr(made_by, "_shutdown_workers", lambda: None)()
 
 
 def died(error: Exception, workers: int) -> ChiasmError | None:

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ class StageRun:
             share=self.ranks.share,
         )
         clock = time.perf_counter()
-        with Bars(self.console, self.stage.name, self.steps, start) as bars:
+        with closing(made), Bars(self.console, self.stage.name, self.steps, start) as bars:
             step_tally, held = Tally(), []
             for spec, batch, kinds in self.waits.over(self.ranks.stream(made)):
                 self.watch.proof.saw(kinds)
