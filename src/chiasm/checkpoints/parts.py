@@ -157,13 +157,13 @@ def _resized(rule: AnyRule, rows: int) -> AnyRule:
     if not isinstance(rule, Rule) or rule.ours not in (("embedding.weight",), ("lm_head.weight",)):
         return rule
 
-    def forward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def into_ours(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         table = tensors[0]
         more = max(0, rows - len(table))
         mean = table.float().mean(0, keepdim=True).to(table.dtype)
         return [torch.cat([table[:rows], mean.expand(more, -1)])]
 
-    return replace(rule, forward=forward, backward=lambda tensors: list(tensors))
+    return replace(rule, forward=into_ours, backward=lambda tensors: list(tensors))
 
 
 def _tower(config: PartConfig, values: Mapping[str, Any], part: str, folder: Path) -> list[AnyRule]:

@@ -39,10 +39,7 @@ def command(
     batch_size: int,
     workers: int,
     out: Path | None,
-    quantize: str | None,
-    device: str | None,
-    dtype: str | None,
-    ignore_fingerprint: bool,
+    **loads: Any,
 ) -> None:
     """Score MODEL, of two towers, on the file PROTOCOL: Karpathy's dataset_coco.json, or a list as ALBEF has it.
 
@@ -56,8 +53,8 @@ def command(
     from chiasm.eval.retrieval import evaluate, read_protocol
 
     pairs = read_protocol(protocol, images, split, captions or None)
-    vlm = open_model(model, device, dtype, ignore_fingerprint, quantize)
-    other = vlm if matcher in (None, model) else open_model(matcher, device, dtype, ignore_fingerprint, quantize)
+    vlm = open_model(model, **loads)
+    other = vlm if matcher in (None, model) else open_model(matcher, **loads)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("pictures", total=len(pairs.images))

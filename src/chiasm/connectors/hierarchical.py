@@ -33,11 +33,27 @@ from chiasm.registry import register
 from chiasm.types import Condition, Count, Tokens
 
 
+class JoinedConfig(ConnectorConfig):
+    """Of a connector that makes one unit of a medium's many: ``queries`` vectors for a whole clip or sound."""
+
+    queries: PositiveInt = 32
+
+    def count(self, source: Count | Mapping[str, Count]) -> Count:
+        """As many as there are queries, for a whole medium."""
+        only(source, self.type)
+        return Count(self.queries)
+
+    @property
+    def joins_units(self) -> bool:
+        """The frames of a clip, or the pieces of a sound, become one."""
+        return True
+
+
 @register("connector", "hierarchical")
 class Hierarchical(Connector):
     """Frame queries, frame positions, clip queries, one linear layer."""
 
-    class Config(ConnectorConfig):
+    class Config(JoinedConfig):
         """``frame`` and ``clip`` are the sizes of the two levels; ``frames`` the number of positions."""
 
         type: str = "hierarchical"
@@ -45,17 +61,6 @@ class Hierarchical(Connector):
         frame_queries: PositiveInt = 32
         frames: PositiveInt = 32
         clip: BodyConfig = BodyConfig(depth=2, cross_every=1)
-        queries: PositiveInt = 32
-
-        def count(self, source: Count | Mapping[str, Count]) -> Count:
-            """As many as the second level has queries, for a whole clip."""
-            only(source, "hierarchical")
-            return Count(self.queries)
-
-        @property
-        def joins_units(self) -> bool:
-            """The frames of a clip become one."""
-            return True
 
     def __init__(self, config: Config, in_dims: Mapping[str, int], out_dim: int):
         super().__init__()
@@ -82,7 +87,7 @@ class Hierarchical(Connector):
 class Timeline(Connector):
     """Positions for the units of a medium, queries that look at all units, one linear layer."""
 
-    class Config(BodyConfig, ConnectorConfig):
+    class Config(BodyConfig, JoinedConfig):
         """``units`` is the number of positions; the rest are the sizes of the query transformer."""
 
         type: str = "timeline"
@@ -90,16 +95,6 @@ class Timeline(Connector):
         queries: PositiveInt = 8
         depth: PositiveInt = 2
         cross_every: PositiveInt = 1
-
-        def count(self, source: Count | Mapping[str, Count]) -> Count:
-            """As many as there are queries, for a whole medium."""
-            only(source, "timeline")
-            return Count(self.queries)
-
-        @property
-        def joins_units(self) -> bool:
-            """The pieces of a medium become one."""
-            return True
 
     def __init__(self, config: Config, in_dims: Mapping[str, int], out_dim: int):
         super().__init__()

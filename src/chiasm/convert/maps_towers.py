@@ -20,12 +20,12 @@ IMAGE, TEXT = "encoders.image.", "encoders.text."
 def thirds(theirs: str, ours: Sequence[str]) -> Rule:
     """One tensor that is three of ours of equal size, one above the other (queries, keys, values)."""
 
-    def forward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def into_ours(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if tensors[0].shape[0] % 3:
             raise RuntimeError(f"{tensors[0].shape[0]} rows are not three times as many")
         return tensors[0].chunk(3)
 
-    return Rule((theirs,), tuple(ours), forward, lambda parts: [torch.cat(list(parts))])
+    return Rule((theirs,), tuple(ours), into_ours, lambda parts: [torch.cat(list(parts))])
 
 
 def attention_in(theirs: str, ours: str) -> Rule:

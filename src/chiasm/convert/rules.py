@@ -72,19 +72,19 @@ def rename(theirs: str, ours: str) -> Rule:
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int], dim: int = 0) -> Rule:
     """One tensor that is several of ours joined along ``dim``, with their ``sizes`` (fused q, k, v; gate and up)."""
 
-    def forward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def into_ours(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors[0].split(list(sizes), dim)
 
-    return Rule((theirs,), tuple(ours), forward, lambda parts: [_cat(parts, dim)])
+    return Rule((theirs,), tuple(ours), into_ours, lambda parts: [_cat(parts, dim)])
 
 
 def merge(theirs: Sequence[str], ours: str, sizes: Sequence[int], dim: int = 0) -> Rule:
     """Several tensors that are one of ours, joined along ``dim``, with their ``sizes``."""
 
-    def backward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def into_theirs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors[0].split(list(sizes), dim)
 
-    return Rule(tuple(theirs), (ours,), lambda parts: [_cat(parts, dim)], backward)
+    return Rule(tuple(theirs), (ours,), lambda parts: [_cat(parts, dim)], into_theirs)
 
 
 def transpose(theirs: str, ours: str, first: int = 0, second: int = 1) -> Rule:
@@ -99,16 +99,16 @@ def transpose(theirs: str, ours: str, first: int = 0, second: int = 1) -> Rule:
 def squeeze(theirs: str, ours: str, leading: int = 1) -> Rule:
     """One tensor that has ``leading`` dimensions of size 1 in the file and none of them with us."""
 
-    def forward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def into_ours(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         shape = tensors[0].shape
         if any(size != 1 for size in shape[:leading]):
             raise RuntimeError(f"shape {list(shape)} does not start with {leading} dimensions of size 1")
         return [tensors[0].reshape(shape[leading:])]
 
-    def backward(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def into_theirs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [tensors[0].reshape((1,) * leading + tuple(tensors[0].shape))]
 
-    return Rule((theirs,), (ours,), forward, backward)
+    return Rule((theirs,), (ours,), into_ours, into_theirs)
 
 
 def prefixed(rules: Iterable[AnyRule], theirs: str = "", ours: str = "") -> list[AnyRule]:

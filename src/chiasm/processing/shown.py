@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -36,8 +37,13 @@ class TokenRow:
 
 def rows(processor: Processor, sample: Sample) -> list[TokenRow]:
     """Every token of a sample with its text, whether it is learned, and the medium whose slot it is."""
-    slots = [(item.kind, [] if item.slots is None else item.slots.tolist()) for item in sample.media]
-    return [*_rows(processor, sample.input_ids.tolist(), sample.loss_mask.tolist(), _owners(slots))]
+    slots = [[] if item.slots is None else item.slots.tolist() for item in sample.media]
+    return [*_rows(processor, sample.input_ids.tolist(), sample.loss_mask.tolist(), _owners(names(sample), slots))]
+
+
+def names(sample: Sample) -> list[str]:
+    """ "image 1", "image 2", "video 1": the media of a sample in order, each kind counted by itself."""
+    return _numbered(item.kind for item in sample.media)
 
 
 def token_text(processor: Processor, index: int) -> str:
@@ -91,7 +97,8 @@ def _sample(processor: Processor, sample: Sample) -> str:
 def _batch(processor: Processor, batch: Batch) -> Iterator[str]:
     """The conversations of a batch one by one: a row, or a segment of a packed row."""
     width = batch.input_ids.shape[1]
-    owners = _owners([(kind, part) for kind, m in batch.media.items() for part in _parts(m.slots.tolist(), m.counts)])
+    slots = [(kind, part) for kind, m in batch.media.items() for part in _parts(m.slots.tolist(), m.counts)]
+    owners = _owners(_numbered(kind for kind, _ in slots), [part for _, part in slots])
     shown = 0
     for row, segments in enumerate(batch.segment_ids.tolist()):
         for segment, run in groupby(range(width), key=segments.__getitem__):
@@ -151,14 +158,18 @@ def _rows(
         yield TokenRow(place, index, token_text(processor, index), trained, owners.get(place))
 
 
-def _owners(slots: Sequence[tuple[str, Sequence[int]]]) -> dict[int, str]:
-    """Position → "image 1", each kind counted by itself."""
-    owner: dict[int, str] = {}
-    seen: dict[str, int] = {}
-    for kind, places in slots:
-        seen[kind] = seen.get(kind, 0) + 1
-        owner.update(dict.fromkeys(places, f"{kind} {seen[kind]}"))
-    return owner
+def _numbered(kinds: Iterable[str]) -> list[str]:
+    seen: Counter[str] = Counter()
+    found = []
+    for kind in kinds:
+        seen[kind] += 1
+        found.append(f"{kind} {seen[kind]}")
+    return found
+
+
+def _owners(named: Sequence[str], slots: Sequence[Sequence[int]]) -> dict[int, str]:
+    """Position → the name of the medium whose slot it is."""
+    return {place: name for name, places in zip(named, slots, strict=True) for place in places}
 
 
 def _parts(values: Any, sizes: Sequence[int]) -> Iterator[Any]:

@@ -11,22 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from chiasm.processing.shown import TokenRow, names
 from chiasm.report.looking import Looked, by_queries, looked, unit_pictures
 from chiasm.types import Batch, MediaItem, Sample, Tokens
 
 if TYPE_CHECKING:
     from chiasm.vlm import VLM
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A token as the model sees it. ``medium`` is the number of the medium whose slot it is, or None."""
-
-    position: int
-    id: int
-    text: str
-    trained: bool
-    medium: int | None
 
 
 @dataclass(frozen=True)
@@ -94,13 +84,13 @@ def walk(
             output = model(batch, logits="last")
     finally:
         model.train(was_training)
-    tokens = token_rows(vlm, sample)
+    tokens = vlm.processor.table(sample)
     units = [unit for i, item in enumerate(sample.media) for unit in _units(vlm, i, item)]
     answer = "" if train or not max_new_tokens else vlm.generate(list(messages), max_new_tokens=max_new_tokens)
     return Walk(
         title=name,
         tokens=tokens,
-        media=[_medium_line(i, item) for i, item in enumerate(sample.media)],
+        media=[_medium_line(name, item) for name, item in zip(names(sample), sample.media, strict=True)],
         units=units,
         stages=_stages(vlm, sample, output, by_queries(vlm, batch, output.named, _first(sample, units))),
         candidates=_candidates(vlm, output.logits[0]),
@@ -123,26 +113,13 @@ def _begun(batch: Batch, lm: Any) -> Batch:
     return replace(batch, target_ids=start, target_mask=torch.ones_like(start, dtype=torch.bool))
 
 
-def token_rows(vlm: VLM, sample: Sample) -> list[TokenRow]:
-    """The tokens of a sample with their texts; a run of a medium's slots is told by ``medium``."""
-    owner: dict[int, int] = {}
-    for i, item in enumerate(sample.media):
-        assert item.slots is not None
-        owner.update(dict.fromkeys(item.slots.tolist(), i))
-    rows = []
-    for position, (token, trained) in enumerate(zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)):
-        text = "" if position in owner else vlm.processor.tokenizer.decode([token], skip_special=False)
-        rows.append(TokenRow(position, token, text, bool(trained), owner.get(position)))
-    return rows
-
-
-def _medium_line(index: int, item: MediaItem) -> str:
+def _medium_line(name: str, item: MediaItem) -> str:
     height, width = item.layout.original
     assert item.slots is not None
     tiles = f", base + {item.layout.grid[0]}×{item.layout.grid[1]} tiles" if item.layout.grid != (0, 0) else ""
     size = f" {width}×{height} px" if width else ""
     units = f"{item.layout.units} unit{'s' if item.layout.units > 1 else ''} of {'×'.join(map(str, item.layout.shape))}"
-    return f"{item.kind} {index + 1}:{size} → {units}{tiles} → {len(item.slots)} tokens"
+    return f"{name}:{size} → {units}{tiles} → {len(item.slots)} tokens"
 
 
 def _units(vlm: VLM, medium: int, item: MediaItem) -> list[Unit]:

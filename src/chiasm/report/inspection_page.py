@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chiasm.report.inspection import TokenRow, Walk
+from chiasm.processing.shown import TokenRow
+from chiasm.report.inspection import Walk
 
 
 def visible(text: str) -> str:
@@ -54,7 +55,7 @@ def show(walk: Walk, console: Console | None = None) -> None:
     line = Text()
     for run in runs(walk.tokens):
         if run["medium"] is not None:
-            line.append(f"⟨medium {run['medium'] + 1} × {run['count']}⟩", style="black on bright_blue")  # type: ignore[operator]
+            line.append(f"⟨{run['medium']} × {run['count']}⟩", style="black on bright_blue")
             continue
         for row in run["rows"]:  # type: ignore[attr-defined]
             line.append(row.text, style="black on green" if row.trained else "")
