@@ -48,9 +48,9 @@ def test_numbers_that_break_on_the_way(tmp_path_factory: pytest.TempPathFactory,
     vlm = build(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     run, calls = Slots.run, []
 
-    def failing(slots: Slots, runs: Any) -> torch.Tensor:
+    def failing(slots: Slots, runs: Any, best: int | None = None) -> torch.Tensor:
         calls.append(len(runs))
-        return run(slots, runs) * (1.0 if len(calls) == 1 else float("nan"))
+        return run(slots, runs, best) * (1.0 if len(calls) == 1 else float("nan"))
 
     monkeypatch.setattr(Slots, "run", failing)
     with pytest.raises(NumberError):

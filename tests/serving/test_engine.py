@@ -21,6 +21,7 @@ from chiasm.infer.constraints import Choices
 from chiasm.infer.kept import Kept
 from chiasm.infer.sampling import Sampling, keep_min_p
 from chiasm.infer.service import QueueFull, Request, Service, Stopped
+from chiasm.nn import decode
 from chiasm.types import Image, Message, Text
 
 WORDS = tuple(re.findall(r"\w+", "what is on the left of it and why does nobody see the small bright one there"))
@@ -124,6 +125,19 @@ def test_64_mixed_requests_with_cancellations_are_answered_as_alone(vlm, serve):
 def test_chunks_caches_and_slots_change_nothing(vlm, serve, options):
     requests = [Request(asked(seed), chosen(seed)) for seed in range(100, 108)]
     assert texts(serve(**options), requests) == [alone(vlm, request) for request in requests]
+
+
+def test_a_shortlist_of_the_best_tokens_changes_no_answer(vlm, serve, monkeypatch):
+    monkeypatch.setattr(decode, "LARGE_HEAD", 0)
+    ways = [{}, {"ignore_eos": True}, {"min_tokens": 4}, {"prompt_lookup": 4}, {"logprobs": 2}, {"temperature": 0.8}]
+    requests = [
+        Request(asked(300 + n), Sampling(max_new_tokens=8, seed=n, **ways[n % (3 if n < 12 else 6)])) for n in range(24)
+    ]
+    listed = []
+    step = decode.Compiled.step
+    monkeypatch.setattr(decode.Compiled, "step", lambda *args: listed.append(args[-1]) or step(*args))
+    assert texts(serve(), requests) == [alone(vlm, request) for request in requests]
+    assert {1, None} <= set(listed) and any(best and best > 1 for best in listed)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 20, "qk_norm": True, "qkv_bias": True}])
@@ -467,11 +481,11 @@ def test_a_fault_of_one_step_or_of_all_is_told(serve, monkeypatch):
     service = serve(slots=2)
     step, faults = service.scheduler.slots.run, []
 
-    def failing(runs):
+    def failing(runs, best=None):
         if len(faults) < 1:
             faults.append(1)
             raise RuntimeError("no memory")
-        return step(runs)
+        return step(runs, best)
 
     monkeypatch.setattr(service.scheduler.slots, "run", failing)
     request = Request(asked(1), Sampling(max_new_tokens=3))

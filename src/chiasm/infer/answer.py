@@ -65,6 +65,11 @@ class Writer:
         changed = s.logit_bias or s.logprobs is not None or self._state or self._counts is not None
         return s.temperature == 0 and self._seen is None and not changed
 
+    @property
+    def asks(self) -> int | None:
+        """How many of the best tokens decide which comes next; None: all logits do."""
+        return 1 + self._hides * len(self.stop_ids) if self.plain else None
+
     def takes(self, best: int) -> bool:
         """Whether the best token is the next one whatever the other logits are."""
         return self.plain and not (self._hides and best in self.stop_ids)

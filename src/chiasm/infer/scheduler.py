@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,7 +225,7 @@ class Scheduler:
             left -= len(ids)
         if not runs:
             return
-        logits = slots.run([run for _, run in runs])
+        logits = slots.run([run for _, run in runs], _asked([job for job, run in runs if run.wanted == "last"]))
         row = 0
         for job, run in runs:
             self._remember(job, slots, run.end)
@@ -296,7 +296,7 @@ class Scheduler:
             last, place = job.writer.ids[-1], len(job.prompt) + len(job.writer.ids) - 1
             guesses = self._guesses(job, slots.length - place - 1)
             runs.append(Run(job.slot, place, [last, *guesses], None, "all"))
-        logits = slots.run(runs)  # [sum of run lengths, V]
+        logits = slots.run(runs, _asked(jobs))  # [sum of run lengths, V]
         best = logits.argmax(dim=-1)  # [sum of run lengths]
         highest = logits.gather(1, best.unsqueeze(1)).squeeze(1).tolist()
         chosen = list(zip(best.tolist(), highest, strict=True))
@@ -342,6 +342,12 @@ class Scheduler:
         if job.writer.reason:
             long = job.writer.reason in ("length", "positions")
             self.drop(job, "length" if long else "stop")
+
+
+def _asked(jobs: Sequence[Job]) -> int | None:
+    """How many of the best tokens these answers ask for; None where one asks for all logits."""
+    asked = [job.writer.asks for job in jobs]
+    return None if None in asked else max(asked, default=1)  # type: ignore[type-var]
 
 
 def _before(job: Job, number: int) -> bytes:

@@ -83,23 +83,26 @@ class Slots:
         """Put a block that ``read`` gave, or its first positions, into a slot."""
         self.pool[:, :, slot, :, number * self.block : number * self.block + block.shape[3]] = block
 
-    def run(self, runs: Sequence[Run]) -> Tensor:
-        """Compute runs of different slots, or following runs of one; logits ``[n, V]`` float32 of all wanted."""
+    def run(self, runs: Sequence[Run], best: int | None = None) -> Tensor:
+        """Compute runs of different slots, or following runs of one; logits ``[n, V]`` float32 of all wanted.
+
+        ``best``: logits that are not among so many highest of their row may be minus infinity. None: all are asked for.
+        """
         total = sum(len(run.ids) for run in runs)
         if self.compiled is not None and total <= self.compiled.rows:
-            return self._step(runs, self.compiled)
+            return self._step(runs, self.compiled, best)
         hidden = self._forward(runs, total)  # [T, D]
         rows = torch.tensor(wanted(runs), device=hidden.device, dtype=torch.long)
         return self.lm.head(hidden[rows]).float()  # [n, V]
 
-    def _step(self, runs: Sequence[Run], compiled: Compiled) -> Tensor:
+    def _step(self, runs: Sequence[Run], compiled: Compiled, best: int | None) -> Tensor:
         ids = torch.tensor([i for run in runs for i in run.ids])
         slots = torch.tensor([run.slot for run in runs for _ in run.ids], dtype=torch.int32)
         positions = torch.tensor([p for run in runs for p in range(run.start, run.end)], dtype=torch.int32)
         ends = torch.tensor(wanted(runs), dtype=torch.int32)
         x = self._vectors(runs).float() if any(run.x is not None for run in runs) else None
         prompt = any(run.wanted != "all" for run in runs)
-        return compiled.step(ids, slots, positions, ends, self.threads, x, prompt)
+        return compiled.step(ids, slots, positions, ends, self.threads, x, prompt, best)
 
     def _vectors(self, runs: Sequence[Run]) -> Tensor:
         """What the tokens of all runs are for the decoder: ``[T, D]``."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from chiasm.nn.kernels import KINDS, Matrix, Work, dense, floats, large_pages, larger_pages, library, tower
+from chiasm.nn.kernels import INT8, KINDS, PANEL, Matrix, Work, dense, floats, large_pages, larger_pages, library, tower
 from chiasm.nn.quant import Quantized
 from chiasm.nn.rope import frequency_tables
 
@@ -22,6 +23,8 @@ ROWS, MANY = {torch.float32: 32, torch.bfloat16: 256}, 1 << 20
 """Tokens up to which this is faster than torch's matrix products; integers are multiplied here, however many, and
 bfloat16 too where the processor has products of it."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+LARGE_HEAD = 1 << 24
+"""Bytes of a head from which on a shortlist is kept for it: a smaller one stays in the processor's caches."""
 
 
 class Layer(ctypes.Structure):
@@ -33,12 +36,19 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Shortlist(ctypes.Structure):
+    """As ``shortlist.h`` has it."""
+
+    _fields_ = [("w", Matrix), ("off", ctypes.c_void_p), ("length", ctypes.c_void_p)]
+
+
 class Model(ctypes.Structure):
     """As ``step.cpp`` has it."""
 
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("layers", "embedding", "norm", "frequencies")],
         ("head", Matrix),
+        ("list", Shortlist),
         *[(name, ctypes.c_int64) for name in ("depth", "dim", "heads", "kv_heads", "width", "rotary", "mlp")],
         *[(name, ctypes.c_int64) for name in ("capacity", "window")],
         *[(name, ctypes.c_float) for name in ("eps", "amplitude")],
@@ -63,6 +73,8 @@ class Compiled:
         self.rows = min(MANY if type(matrix) is Quantized else most[matrix.weight.dtype] for matrix in matrices)
         head = self._matrix(lm.lm_head) if lm.lm_head is not None else dense(lm.embedding.weight, None, self.keep)
         assert head is not None
+        large = head.kind in KINDS.values() and head.n * head.stride >= LARGE_HEAD
+        self.head = (lm.embedding if lm.lm_head is None else lm.lm_head).weight if large else None
         self.keep.append(lm.embedding.weight)
         large_pages(tensor for tensor in self.keep[1:] if tensor.numel() >= 1 << 16)
         self.model = Model(
@@ -71,6 +83,7 @@ class Compiled:
             floats(lm.norm.weight, self.keep),
             floats(frequencies, self.keep),
             head,
+            Shortlist(),
             *(c.depth, c.dim, c.heads, c.kv_heads or c.heads, c.width, c.rotary, c.mlp, pool.shape[4]),
             c.sliding_window or 0,
             c.norm_eps,
@@ -97,11 +110,14 @@ class Compiled:
         threads: int,
         x: Tensor | None = None,
         prompt: bool = False,
+        best: int | None = None,
     ) -> Tensor:
         """``ids [m]`` int64; ``slots``, ``positions`` ``[m]`` int32; rows ``wanted [r]`` int32 → logits ``[r, V]``.
 
         ``x [m, D]`` float32 stands for the ids' vectors where some are media's. ``prompt``: the rows are a prompt's,
-        many and in order; their sums are taken in another order than those of single tokens, and faster.
+        many and in order; their sums are taken in another order than those of single tokens, and faster. ``best``: as
+        many of the highest logits of each row are asked for; others may be minus infinity, which spares half of the
+        head's bytes (``native/shortlist.h``).
         """
         logits = torch.empty(len(wanted), self.vocab)
         assert self.work.library is not None
@@ -111,6 +127,7 @@ class Compiled:
             ctypes.c_int64(len(ids)),
             *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (ids, x, slots, positions, wanted)),
             ctypes.c_int64(len(wanted)),
+            ctypes.c_int64(self._listed(best)),
             ctypes.c_void_p(logits.data_ptr()),
             ctypes.c_int32(threads),
             ctypes.c_int32(prompt),
@@ -127,6 +144,17 @@ class Compiled:
         into.k_norm = None if attn.k_norm is None else floats(attn.k_norm.weight, self.keep)
         into.keys, into.values = keys.data_ptr(), values.data_ptr()
 
+    def _listed(self, best: int | None) -> int:
+        """``best``, with a shortlist of these very weights in ``model``; 0 where all logits are computed."""
+        if best is None or self.head is None:
+            return 0
+        version = 0 if self.head.is_inference() else self.head._version
+        held = _lists.get(self.head)
+        if held is None or held[0] != version:
+            held = _lists[self.head] = version, _shortlist(self.model.head)
+        self.list = self.model.list = held[1]
+        return best
+
     def _matrix(self, module: Any) -> Matrix:
         if isinstance(module, Quantized):
             self.keep += module.tensors()
@@ -134,6 +162,28 @@ class Compiled:
         found = dense(module.weight, module.bias, self.keep)
         assert found is not None
         return found
+
+
+_lists = WeakIdKeyDictionary()
+"""Weight of a head → its version, and its shortlist."""
+
+
+def _shortlist(head: Matrix) -> Shortlist:
+    """A copy of a head in eight bits, and how far it may be off."""
+    native, rows, wide = library(), -(-head.n // PANEL) * PANEL, -(-head.k // 64) * 64
+    assert native is not None
+    packed = torch.empty(rows, wide, dtype=torch.uint8)
+    larger_pages(packed)
+    tensors = packed, torch.empty(rows), torch.empty(head.n), torch.empty(head.n)
+    copy, scales, off, length = (tensor.data_ptr() for tensor in tensors)
+    native.chiasm_shorten(
+        ctypes.byref(head),
+        *(ctypes.c_void_p(place) for place in (copy, scales, off, length)),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+    found = Shortlist(Matrix(copy, scales, None, head.n, head.k, wide, INT8, 0), off, length)
+    found.tensors = tensors  # they stay alive with it
+    return found
 
 
 def readable(lm: Any) -> bool:

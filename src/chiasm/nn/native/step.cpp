@@ -11,28 +11,9 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <thread>
 
-#include "prompt.h"
-
-struct Layer {
-  Matrix q, k, v, o, gate, up, down;
-  const float *attn_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: null without
-  void *keys, *values;                                  // [slots, kv_heads, capacity, width] in `cache_kind`
-};
-
-struct Decoder {
-  const Layer* layers;
-  const void* embedding;      // [vocab, dim] in `embedding_kind`
-  const float* norm;          // [dim]
-  const float* frequencies;   // [rotary / 2]
-  Matrix head;
-  int64_t depth, dim, heads, kv_heads, width, rotary, mlp, capacity, window;  // window: 0 without
-  float eps, amplitude;
-  int32_t embedding_kind, cache_kind, activation, padding;  // activation: silu, gelu, gelu_tanh, relu
-};
+#include "decoder.h"
 
 static inline void normed(const float* x, const float* weight, float eps, int64_t n, float* out) {
   float square = 0;
@@ -50,38 +31,6 @@ static inline void turned(float* x, const float* turn, int64_t rotary) {  // tur
     x[half + i] = b * c + a * s;
   }
 }
-
-// What one call works in. Buffers are kept between calls.
-struct Work {
-  std::vector<float> x, q, mixed, inner, turns;  // [m, dim], twice [m, heads * width], [m, mlp], [m, rotary]
-  Rows shared[4][4];                             // by the width they have (Place) and the kind they are multiplied with
-  struct Own {
-    Rows rows[4][4];
-    std::vector<float> scratch, shares, room;
-#ifdef WIDE
-    uint16_t* asked() { return (uint16_t*)room.data(); }
-#else
-    float* asked() { return room.data(); }
-#endif
-    std::vector<uint32_t> laid;  // weights of a prompt's product
-#ifdef WIDE
-    Seen seen;
-#endif
-  };
-  std::vector<Own> own;  // of each thread
-  std::vector<int64_t> firsts;  // rows at which another slot begins, or enough queries are together; and the last's end
-
-  struct alignas(64) Stage {
-    std::atomic<int64_t> taken{0}, done{0};
-  };
-  std::unique_ptr<Stage[]> stages;
-  int64_t stage_count = 0;
-
-  void begin(int64_t count) {
-    if (stage_count < count) stages.reset(new Stage[count]), stage_count = count;
-    for (int64_t i = 0; i < count; i++) stages[i].taken = 0, stages[i].done = 0;
-  }
-};
 
 // Outputs of a gate that are computed before those beside it: of a prompt as many as its rows pass together, of answers
 // more, for memory is read fastest from end to end.
@@ -265,7 +214,58 @@ struct Step {
     }
   }
 
-  void run(const int32_t* wanted, int64_t count, float* logits, int threads) {
+  // Three stages: the rows that are wanted, all logits, and of a shortlist those that may be among the `best`.
+  void logits_of(int64_t stage, const int32_t* wanted, int64_t count, int64_t best, float* logits, int t, int64_t parts) {
+    const bool some = best && d.list.w.weights;
+    const int64_t n = d.head.n;
+    Rows &ends = work.shared[INTO_HEADS][d.head.kind], &small = work.listed;
+    all(stage, count, [&](int64_t i) {
+      float* x = work.own[t].scratch.data();
+      normed(work.x.data() + wanted[i] * d.dim, d.norm, d.eps, d.dim, x);
+      ends.set(i, x, d.head.kind);
+      for (int64_t c = 0; some && d.head.kind == BF16 && c < d.dim; c++) x[c] = widened(ends.half[i * ends.stride + c]);
+      if (some) work.bounds[i] = d.list.set(small, i, x);
+    });
+    if (!some)
+      return all(stage + 1, parts, [&](int64_t i) {
+        multiply(d.head, ends, panel_part(n, i, parts), panel_part(n, i + 1, parts), 0, count,
+                 [&](int64_t row, int64_t at, int64_t some, const float* values) {
+                   std::memcpy(logits + row * n + at, values, some * sizeof(float));
+                 });
+      });
+    Matrix rounded = d.list.w;
+    rounded.bias = d.head.bias;
+    all(stage + 1, parts, [&](int64_t i) {
+      for (int64_t row = 0; row < count; row++) work.tops[row * parts + i] = -INFINITY;
+      multiply(rounded, small, panel_part(n, i, parts), panel_part(n, i + 1, parts), 0, count,
+               [&](int64_t row, int64_t at, int64_t some, const float* values) {
+                 float& top = work.tops[row * parts + i];
+                 for (int64_t c = 0; c < some; c++) {
+                   const float bound = d.list.bound(at + c, work.bounds[row]);
+                   logits[row * n + at + c] = values[c] + bound;
+                   top = std::max(top, values[c] - bound);
+                 }
+               });
+    });
+    all(stage + 2, parts, [&](int64_t i) {
+      alignas(64) float out[PANEL];
+      std::vector<float> tops(parts);
+      for (int64_t row = 0; row < count; row++) {  // as many parts as are asked for hold a logit of `least` or more
+        std::copy_n(work.tops.begin() + row * parts, parts, tops.begin());
+        if (best <= parts) std::nth_element(tops.begin(), tops.begin() + best - 1, tops.end(), std::greater<float>());
+        const float least = best <= parts ? tops[best - 1] : -INFINITY;
+        for (int64_t at = panel_part(n, i, parts), end = panel_part(n, i + 1, parts); at < end; at++) {
+          float& logit = logits[row * n + at];
+          if (logit < least)
+            logit = -INFINITY;
+          else  // so too where it is no number
+            block(d.head, ends, at, 1, row, row, row + 1, out), logit = out[0] + (d.head.bias ? d.head.bias[at] : 0);
+        }
+      }
+    });
+  }
+
+  void run(const int32_t* wanted, int64_t count, int64_t best, float* logits, int threads) {
     for (int64_t l = 0; l < d.depth; l++) {
       shape(INTO_HEADS, d.dim, d.layers[l].q, threads);
       shape(INTO_OUT, d.heads * d.width, d.layers[l].o, threads);
@@ -274,9 +274,14 @@ struct Step {
     }
     Rows& ends = work.shared[INTO_HEADS][d.head.kind];
     ends.shape(std::max(m, count), d.dim, d.head.kind);
-    work.begin(d.depth * 9 + 2);
+    const int64_t few = prompt ? 16 * threads : 4 * threads, units = d.heads + 2 * d.kv_heads, width = d.heads * d.width;
+    if (best) {
+      work.listed.shape(count, d.dim, INT8);
+      Rows::grow(work.tops, count * 4 * few);
+      if (int64_t(work.bounds.size()) < count) work.bounds.resize(count);
+    }
+    work.begin(d.depth * 9 + 3);
     together();
-    const int64_t few = prompt ? 16 * threads : 4 * threads, units = d.heads + 2 * d.kv_heads, width = d.heads * d.width, n = d.head.n;
     const int64_t items = (int64_t(work.firsts.size()) - 1) * d.kv_heads;
 #pragma omp parallel num_threads(threads)
     {
@@ -295,17 +300,7 @@ struct Step {
                 [&](const Rows& rows, int64_t i, int64_t parts) { gated(layer, rows, t, i, parts); });
         product(stage + 7, INTO_DOWN, work.inner.data(), d.mlp, nullptr, layer.down, t, few, sum(layer.down));
       }
-      all(stage, count, [&](int64_t i) {
-        float* scratch = work.own[t].scratch.data();
-        normed(work.x.data() + wanted[i] * d.dim, d.norm, d.eps, d.dim, scratch);
-        ends.set(i, scratch, d.head.kind);
-      });
-      all(stage + 1, 4 * few, [&](int64_t i) {
-        multiply(d.head, ends, panel_part(n, i, 4 * few), panel_part(n, i + 1, 4 * few), 0, count,
-                 [&](int64_t row, int64_t at, int64_t some, const float* values) {
-                   std::memcpy(logits + row * n + at, values, some * sizeof(float));
-                 });
-      });
+      logits_of(stage, wanted, count, best, logits, t, 4 * few);
     }
   }
 };
@@ -316,10 +311,11 @@ void* chiasm_work() { return new Work(); }
 void chiasm_free(void* work) { delete (Work*)work; }
 
 // `ids [m]`, or their vectors `given [m, dim]`; `slots`, `positions` `[m]`; logits `[count, vocab]` of the rows
-// `wanted [count]`. The rows are of a `prompt`, or of answers.
+// `wanted [count]`. The rows are of a `prompt`, or of answers. Where `best` is not 0, logits that cannot be among so many
+// best of their row may be minus infinity.
 void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, const float* given,
-                 const int32_t* slots, const int32_t* positions, const int32_t* wanted, int64_t count, float* logits,
-                 int32_t threads, int32_t prompt) {
+                 const int32_t* slots, const int32_t* positions, const int32_t* wanted, int64_t count, int64_t best,
+                 float* logits, int32_t threads, int32_t prompt) {
   Work& work = *(Work*)memory;
   Rows::grow(work.x, m * d->dim);
   Rows::grow(work.q, m * d->heads * d->width);
@@ -346,7 +342,12 @@ void chiasm_step(const Decoder* d, void* memory, int64_t m, const int64_t* ids, 
       work.turns[row * d->rotary + d->rotary / 2 + i] = std::sin(angle) * d->amplitude;
     }
   }
-  Step{*d, work, m, slots, positions, bool(prompt)}.run(wanted, count, logits, threads);
+  Step{*d, work, m, slots, positions, bool(prompt)}.run(wanted, count, best, logits, threads);
+}
+
+// Fills what a shortlist of `w` points to: see shortlist.h.
+void chiasm_shorten(const Matrix* w, uint8_t* packed, float* scales, float* off, float* length, int32_t threads) {
+  shortened(*w, packed, scales, off, length, threads);
 }
 
 // `out [m, n] = x [m, k] · wᵀ + bias`, both of `kind` (F32 or BF16), for weights of any kind.
