@@ -212,9 +212,11 @@ def test_writing_is_refused(clip: VLM):
 def test_saved_and_loaded(clip: VLM, tmp_path: Path):
     clip.save(tmp_path / "saved")
     again = chiasm.load(tmp_path / "saved")
-    texts = ["a cat", "two dogs"]
-    assert torch.equal(again.embed(texts=texts), clip.embed(texts=texts))
-    assert torch.equal(again.embed(images=pictures(2)), clip.embed(images=pictures(2)))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), clip.parameters(), strict=True))
+    texts, shown = ["a cat", "two dogs"], pictures(2)
+    # With several threads a product sums in another order where its weights begin at another byte of memory.
+    torch.testing.assert_close(again.embed(texts=texts), clip.embed(texts=texts), atol=1e-6, rtol=0)
+    torch.testing.assert_close(again.embed(images=shown), clip.embed(images=shown), atol=1e-6, rtol=0)
 
 
 def test_published_prompts():

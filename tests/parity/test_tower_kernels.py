@@ -65,6 +65,8 @@ def test_activations_are_the_formulas(name: str, count: int):
     found = kernels.activate_(x.clone(), name).double()
     assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-6).all()  # rounded once
     assert kernels.activate_(torch.tensor([torch.nan]).bfloat16(), name).isnan().all()
+    ends = torch.tensor([-3e38, -1e4, -130.0, -86.0, 86.0, 1e4, 3e38, torch.inf]).bfloat16()
+    torch.testing.assert_close(kernels.activate_(ends.clone(), name), activation(name)(ends.float()).bfloat16())
 
 
 @torch.inference_mode()
@@ -108,12 +110,12 @@ def test_laid_out_weights_change_nothing():
     for i, p in enumerate(tower.parameters()):
         p.data += 0.15 * drawn(i, *p.shape).float()
     tower.bfloat16()
-    x, packed = drawn(1, 5, 3, 48, 48), Packed()
+    x, packed = drawn(1, 5, 3, 56, 50), Packed()  # some pixels lie beyond the last whole patch
     with torch.no_grad():
         plain = tower(x).x.float()
         with packed.used():
             kept = tower(x).x.float()
-            assert len(packed.held) == 12 and (kept - plain).norm() < 0.02 * plain.norm()
+            assert len(packed.held) == 13 and (kept - plain).norm() < 0.02 * plain.norm()
             tower.blocks[0].mlp.fc2.weight.mul_(-1)
             assert (tower(x).x.float() - kept).norm() > 0.1 * plain.norm()
             tower.blocks[0].mlp.fc2.weight.mul_(-1)

@@ -32,7 +32,7 @@ Broken = Callable[[int, DataError], None]
 Shortened = Callable[[int, int, int], None]
 AHEAD = 2  # batches that are worked on before they are asked for
 MANY = 64  # items of a first batch for which weights are laid out anew
-PART = {"image": 16, "text": 32}  # items that a core takes at once: so many that what it works on stays in its cache
+PART = 32  # items that a core takes at once: the weights are read once for all of them
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _apart(
         try:
             for group in itertools.chain(groups, itertools.repeat([], AHEAD)):
                 if group:
-                    length = min(PART[read.kind], -(-len(group) // threads))
+                    length = min(PART, -(-len(group) // threads))
                     parts = [group[i : i + length] for i in range(0, len(group), length)]
                     waiting.append([pool.submit(whole, part) for part in parts])
                 if waiting and (len(waiting) > AHEAD or not group):

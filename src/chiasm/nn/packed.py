@@ -26,7 +26,7 @@ class Packed:
     """The laid out weights of layers. Several threads may use one at once."""
 
     def __init__(self) -> None:
-        self.held: dict[nn.Linear, tuple[int, Tensor]] = {}
+        self.held: dict[nn.Module, tuple[int, Tensor]] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -37,27 +37,36 @@ class Packed:
         finally:
             _NOW.reset(token)
 
-    def of(self, layer: nn.Linear, rows: int) -> Tensor:
+    def of(self, layer: nn.Linear | nn.Conv2d, rows: int) -> Tensor:
         """The weights of a layer, laid out for about so many ``rows``; again where they were changed meanwhile."""
         version = 0 if layer.weight.is_inference() else layer.weight._version  # those of inference never change
         found = self.held.get(layer)
         if found is None or found[0] != version:
-            found = version, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            weight = layer.weight.detach().flatten(1)
+            found = version, torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             self.held[layer] = found
         return found[1]
+
+    def product(self, layer: nn.Linear | nn.Conv2d, rows: Tensor) -> Tensor:
+        """``rows [n, k]`` times a layer's weights (a convolution's as ``[D_out, k]``) and its bias: ``[n, D_out]``."""
+        found = torch.ops.mkldnn._linear_pointwise(rows, self.of(layer, len(rows)), layer.bias, "none", [], "")
+        return found  # type: ignore[no-any-return]
+
+
+def used_for(layer: nn.Module, x: Tensor) -> Packed | None:
+    """What holds laid out weights for this product, in this thread; None where the layer computes as ever."""
+    packed = _NOW.get()
+    if packed is None or layer.weight.dtype != torch.bfloat16 or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    return packed if _possible() and kernels.plain(x) else None
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``: ``x [..., D]`` → ``[..., D_out]``, by laid out weights where a ``Packed`` is used."""
-    packed = _NOW.get()
-    plain = packed is not None and type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
-    if not plain or layer._forward_hooks or layer._forward_pre_hooks or not _possible() or not kernels.plain(x):
+    packed = used_for(layer, x) if type(layer) is nn.Linear else None
+    if packed is None or not isinstance(layer, nn.Linear):
         return layer(x)  # type: ignore[no-any-return]
-    assert packed is not None and isinstance(layer, nn.Linear)
-    rows = x.reshape(-1, x.shape[-1])  # [n, D]
-    weights = packed.of(layer, len(rows))
-    found = torch.ops.mkldnn._linear_pointwise(rows, weights, layer.bias, "none", [], "")  # [n, D_out]
-    return found.view(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
+    return packed.product(layer, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], layer.out_features)
 
 
 @functools.cache

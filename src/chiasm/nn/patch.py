@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from chiasm.errors import DataError
+from chiasm.nn.packed import used_for
 
 
 def patch_grid(shape: Sequence[int], channels: int, patch: int) -> tuple[int, int]:
@@ -39,5 +40,15 @@ class Patches(nn.Conv2d):
                 f"pictures of shape [units, {self.in_channels}, height, width] were expected, got {list(pixels.shape)}"
             )
         grid = patch_grid(pixels.shape[1:], self.in_channels, self.patch)
-        x = super().forward(pixels.to(self.weight.dtype))  # [U, D, rows, columns]
+        pixels = pixels.to(self.weight.dtype)
+        packed = used_for(self, pixels)
+        if packed is not None:
+            return packed.product(self, self._cut(pixels, *grid)).view(len(pixels), -1, self.out_channels), grid
+        x = super().forward(pixels)  # [U, D, rows, columns]
         return x.flatten(2).transpose(1, 2), grid  # [U, rows*columns, D]
+
+    def _cut(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+        """The numbers of each patch in a row: ``[U*rows*columns, C*patch*patch]``."""
+        whole = pixels[:, :, : rows * self.patch, : columns * self.patch]
+        patches = whole.unflatten(3, (columns, self.patch)).unflatten(2, (rows, self.patch))  # [U, C, r, p, c, p]
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)

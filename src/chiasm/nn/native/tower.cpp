@@ -17,6 +17,7 @@
 
 namespace {
 
+constexpr float LOG2E = 1.44269504f;
 constexpr int ROWS = 4;  // queries whose sums are in registers together
 
 inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
@@ -54,6 +55,10 @@ struct Head {
     }
   }
 
+  void fetch(const uint16_t* x) const {
+    for (int64_t c = 0; c < width; c += 32) _mm_prefetch((const char*)(x + c), _MM_HINT_T1);
+  }
+
   void score(const uint32_t* const* q, int64_t seen) {
     for (int64_t j = 0; j < seen; j += 32) {
       __m512 sums[ROWS][2] = {};
@@ -73,32 +78,32 @@ struct Head {
     }
   }
 
-  // exp(score - highest) of one query as bfloat16 → the inverse of their sum; 0 where it may see nothing.
-  float soften(int r, int64_t own, int64_t seen, const uint8_t* mask, float scale) {
-    float* row = scores.data() + r * places;
-    uint16_t* to = (uint16_t*)(shares.data() + r * pairs);
-    __m512 most = _mm512_set1_ps(-INFINITY);
-    for (int64_t j = 0; j < seen; j += 16) {
-      const __mmask16 some = visible(j, own, mask);
-      const __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), some, _mm512_loadu_ps(row + j), _mm512_set1_ps(scale));
-      _mm512_storeu_ps(row + j, x);
-      most = _mm512_max_ps(most, x);
+  // 2^(scale · (score - highest)) of each query as bfloat16, and the inverse of its sum; 0 where it may see nothing.
+  // Query `r` sees the first `own[r]` keys. The queries are taken side by side: none waits for its own sums.
+  void soften(const int64_t* own, int64_t seen, const uint8_t* mask, float scale, float* inverse) {
+    __m512 most[ROWS], totals[ROWS];
+    UNROLLED for (int r = 0; r < ROWS; r++) most[r] = _mm512_set1_ps(-INFINITY), totals[r] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < seen; j += 16)
+      UNROLLED for (int r = 0; r < ROWS; r++)
+        most[r] = _mm512_mask_max_ps(most[r], visible(j, own[r], mask), most[r],
+                                     _mm512_loadu_ps(scores.data() + r * places + j));
+    UNROLLED for (int r = 0; r < ROWS; r++) most[r] = _mm512_set1_ps(_mm512_reduce_max_ps(most[r]) * scale);
+    for (int64_t j = 0; j < seen; j += 16)
+      UNROLLED for (int r = 0; r < ROWS; r++) {
+        const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores.data() + r * places + j), _mm512_set1_ps(scale), most[r]);
+        const __m512 e = _mm512_maskz_mov_ps(visible(j, own[r], mask), power16(x));
+        totals[r] = _mm512_add_ps(totals[r], e);
+        _mm256_storeu_si256((__m256i*)((uint16_t*)(shares.data() + r * pairs) + j), narrow(e));
+      }
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+      const float total = _mm512_reduce_add_ps(totals[r]);
+      inverse[r] = total == 0 ? 0.0f : 1.0f / total;
     }
-    const float highest = _mm512_reduce_max_ps(most);
-    __m512 totals = _mm512_setzero_ps();
-    for (int64_t j = 0; j < seen; j += 16) {
-      const __mmask16 some = visible(j, own, mask);
-      const __m512 e = _mm512_maskz_mov_ps(some, exp16(_mm512_sub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(highest))));
-      totals = _mm512_add_ps(totals, e);
-      _mm256_storeu_si256((__m256i*)(to + j), narrow(e));
-    }
-    const float total = _mm512_reduce_add_ps(totals);
-    return total == 0 ? 0.0f : 1.0f / total;
   }
 
   static __mmask16 visible(int64_t j, int64_t own, const uint8_t* mask) {
     __mmask16 some = own - j >= 16 ? 0xffff : own > j ? (1u << (own - j)) - 1 : 0;
-    if (mask)
+    if (mask) [[unlikely]]
       for (int i = 0; i < 16 && j + i < own; i++)
         if (!mask[j + i]) some &= ~(1u << i);
     return some;
@@ -128,21 +133,22 @@ struct Head {
   }
 
   void run(const uint16_t* q, const uint8_t* mask, bool causal, uint16_t* out) {
-    const float scale = 1.0f / std::sqrt(float(width));
+    const float scale = LOG2E / std::sqrt(float(width));
     for (int64_t first = 0; first < length; first += ROWS) {
       const int rows = int(std::min<int64_t>(ROWS, length - first));
       const uint32_t* asked[ROWS];
       uint16_t* to[ROWS];
       float inverse[ROWS];
+      int64_t own[ROWS];
       for (int r = 0; r < ROWS; r++) {
         const int64_t row = first + std::min(r, rows - 1);
+        own[r] = causal ? row + 1 : length;
         asked[r] = (const uint32_t*)(q + row * step);
         to[r] = out + row * step;
       }
       const int64_t seen = causal ? first + rows : length;
       score(asked, seen);
-      for (int r = 0; r < ROWS; r++)
-        inverse[r] = soften(r, causal ? first + std::min(r, rows - 1) + 1 : length, (seen + 15) / 16 * 16, mask, scale);
+      soften(own, (seen + 15) / 16 * 16, mask, scale, inverse);
       mix(seen, inverse, to, rows);
     }
   }
@@ -150,18 +156,20 @@ struct Head {
 
 enum Activation : int32_t { QUICK_GELU = 0, GELU_TANH = 1, SILU = 2 };
 
-inline __m512 sigmoid(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+// x / (1 + 2^-y), by an estimate of the inverse and a step of Newton's.
+inline __m512 gated(__m512 x, __m512 y) {
+  const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(125.0f), _mm512_sub_ps(_mm512_setzero_ps(), y));
+  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), power16(bounded)), near = _mm512_rcp14_ps(sum);
+  const __mmask16 some = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);  // below, nothing is left of x
+  return _mm512_maskz_mul_ps(some, x, _mm512_mul_ps(near, _mm512_fnmadd_ps(sum, near, _mm512_set1_ps(2.0f))));
 }
 
 // tanh(y) = 2 sigmoid(2 y) - 1, so that GELU's approximation is x · sigmoid(1.5957691 (x + 0.044715 x³)).
 inline __m512 activated(__m512 x, int32_t kind) {
-  if (kind == QUICK_GELU) return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(x, _mm512_set1_ps(1.702f))));
-  if (kind == SILU) return _mm512_mul_ps(x, sigmoid(x));
-  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-  const __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-  return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(inner, _mm512_set1_ps(1.5957691216f))));
+  if (kind == QUICK_GELU) return gated(x, _mm512_mul_ps(x, _mm512_set1_ps(1.702f * LOG2E)));
+  if (kind == SILU) return gated(x, _mm512_mul_ps(x, _mm512_set1_ps(LOG2E)));
+  const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(x, x), x), _mm512_set1_ps(0.044715f), x);
+  return gated(x, _mm512_mul_ps(inner, _mm512_set1_ps(1.5957691216f * LOG2E)));
 }
 
 }  // namespace
@@ -189,6 +197,8 @@ void chiasm_attention(const uint16_t* q, const uint16_t* k, const uint16_t* v, u
     for (int64_t i = 0; i < batch * heads; i++) {
       const int64_t start = i / heads * length * heads * width + i % heads * width;
       head.pack(k + start, v + start);
+      for (const uint16_t* x : {q, k, v})  // the next head's numbers come while this one is computed
+        for (int64_t row = 0; row < length; row++) head.fetch(x + start + width + row * heads * width);
       head.run(q + start, mask ? mask + i / heads * length : nullptr, causal, out + start);
     }
   }
@@ -197,12 +207,18 @@ void chiasm_attention(const uint16_t* q, const uint16_t* k, const uint16_t* v, u
 // `x [count]` of bfloat16, in its place.
 void chiasm_activate(uint16_t* x, int64_t count, int32_t kind, int32_t threads) {
 #pragma omp parallel for num_threads(threads)
-  for (int64_t start = 0; start < count; start += 4096)
-    for (int64_t i = start; i < std::min(start + 4096, count); i += 16) {
-      const __mmask16 some = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
-      const __m512 y = activated(wide(_mm256_maskz_loadu_epi16(some, x + i)), kind);
-      _mm256_mask_storeu_epi16(x + i, some, narrow(y));
+  for (int64_t start = 0; start < count; start += 4096) {
+    const int64_t end = std::min(start + 4096, count);
+    int64_t i = start;
+    for (; i + 16 <= end; i += 16) {
+      __m256i* at = (__m256i*)(x + i);
+      _mm256_storeu_si256(at, narrow(activated(wide(_mm256_loadu_si256(at)), kind)));
     }
+    if (i < end) {
+      const __mmask16 some = (1u << (end - i)) - 1;
+      _mm256_mask_storeu_epi16(x + i, some, narrow(activated(wide(_mm256_maskz_loadu_epi16(some, x + i)), kind)));
+    }
+  }
 }
 #endif
 }
