@@ -10,6 +10,7 @@ from chiasm.encoders.text import TextEncoder
 from chiasm.encoders.vit import ViT
 from chiasm.nn import kernels
 from chiasm.nn.mlp import MLP, activation
+from chiasm.nn.norm import LayerNorm
 from chiasm.nn.packed import Packed
 
 pytestmark = pytest.mark.skipif(kernels.tower() is None, reason="no compiler, or a processor without bfloat16 products")
@@ -67,6 +68,21 @@ def test_activations_are_the_formulas(name: str, count: int):
     assert kernels.activate_(torch.tensor([torch.nan]).bfloat16(), name).isnan().all()
     ends = torch.tensor([-3e38, -1e4, -130.0, -86.0, 86.0, 1e4, 3e38, torch.inf]).bfloat16()
     torch.testing.assert_close(kernels.activate_(ends.clone(), name), activation(name)(ends.float()).bfloat16())
+
+
+@pytest.mark.parametrize("dim", [16, 40, 96, 1152])
+def test_the_norm_is_the_formula(dim: int):
+    x, weight, bias = 3 + 5 * drawn(1, 3, 7, dim), drawn(2, dim), drawn(3, dim)
+    wide = x.double()
+    unit = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    wanted = unit * weight.double() + bias.double()
+    found = kernels.layer_norm(x, weight, bias, 1e-5).double()
+    assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()  # rounded once
+    x[0, 3, 1] = torch.nan
+    assert torch.equal(kernels.layer_norm(x, weight, bias, 1e-5).isnan().any(-1), x.isnan().any(-1))
+    norm = LayerNorm(dim).bfloat16()
+    norm(x).float().nansum().backward()  # where a slope is wanted torch computes
+    assert norm.weight.grad is not None
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.encoders.vit import Block
 from chiasm.errors import ConfigError, DataError
 from chiasm.nn.again import call
+from chiasm.nn.norm import LayerNorm
 from chiasm.registry import register
 from chiasm.types import Count, Tokens
 
@@ -66,7 +67,7 @@ class TextEncoder(Encoder):
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, config.mlp, config.activation, config.norm_eps) for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

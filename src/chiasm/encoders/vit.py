@@ -28,6 +28,7 @@ from chiasm.nn.again import call
 from chiasm.nn.attention import Attention
 from chiasm.nn.depth import dropped
 from chiasm.nn.mlp import MLP
+from chiasm.nn.norm import LayerNorm
 from chiasm.nn.patch import Patches, patch_grid
 from chiasm.nn.positions import interpolate, sincos
 from chiasm.registry import register
@@ -41,9 +42,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp: int, activation: str, eps: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp, activation)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, asked: int | None = None) -> Tensor:
@@ -132,11 +133,11 @@ class ViT(Encoder):
         self.patch = Patches(config.channels, config.dim, config.patch, bias=config.patch_bias)
         self.cls = nn.Parameter(torch.empty(config.dim)) if config.cls else None
         self.positions = nn.Parameter(torch.empty(places, config.dim)) if config.positions == "learnable" else None
-        self.pre_norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.pre_norm else None
+        self.pre_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.pre_norm else None
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, config.mlp, config.activation, config.norm_eps) for _ in range(config.depth)
         )
-        self.post_norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.post_norm != "none" else None
+        self.post_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.post_norm != "none" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

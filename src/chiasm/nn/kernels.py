@@ -162,6 +162,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, cau
     return out
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``x [..., D]``, ``weight`` and ``bias`` ``[D]`` bfloat16 → the normalised ``[..., D]``, summed in float32."""
+    native, x = tower(), x.contiguous()
+    assert native is not None
+    out = torch.empty_like(x)
+    native.chiasm_layer_norm(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (x, weight, bias, out)),
+        *(ctypes.c_int64(n) for n in (x.numel() // x.shape[-1], x.shape[-1])),
+        ctypes.c_float(eps),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+    return out
+
+
 ACTIVATIONS = {"quick_gelu": 0, "gelu_tanh": 1, "silu": 2}
 
 

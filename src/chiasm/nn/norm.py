@@ -1,4 +1,6 @@
-"""Root-mean-square normalisation (arXiv:1910.07467), computed in float32 whatever the type of the model."""
+"""Root-mean-square normalisation (arXiv:1910.07467), computed in float32 whatever the type of the model, and
+torch's layer norm with a compiled way for towers on CPUs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from chiasm.nn import kernels
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's over the last dimension; in bfloat16 on a CPU, where no gradient is wanted, by a compiled kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., D]`` → ``[..., D]``."""
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        if not learns and self.bias is not None and self.weight.dtype == torch.bfloat16 and kernels.plain(x):
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
 
 
 class RMSNorm(nn.Module):

@@ -1,5 +1,5 @@
-// What stands between the matrix products of a tower in bfloat16: attention among a few hundred positions, and the
-// activation of the perceptron. Each walks through memory once; sums, softmax and activations are float32.
+// What stands between the matrix products of a tower in bfloat16: attention among a few hundred positions, norms, and
+// the activation of the perceptron. Each walks through memory once; sums, softmax and activations are float32.
 //
 // Only for processors with AVX-512 and its bfloat16 products; elsewhere the library says that it has nothing.
 #include <omp.h>
@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "exp.h"
+#include "numbers.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 #define TOWER 1
-#define UNROLLED _Pragma("GCC unroll 8")
 
 namespace {
 
@@ -172,6 +172,39 @@ inline __m512 activated(__m512 x, int32_t kind) {
   return gated(x, _mm512_mul_ps(inner, _mm512_set1_ps(1.5957691216f * LOG2E)));
 }
 
+// The sum of `of(x)` over the numbers of a row.
+template <class Of>
+inline float summed(const uint16_t* x, int64_t count, Of of) {
+  __m512 sums[2] = {};
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32)
+    UNROLLED for (int h = 0; h < 2; h++)
+      sums[h] = _mm512_add_ps(sums[h], of(wide(_mm256_loadu_si256((const __m256i*)(x + i + 16 * h)))));
+  for (; i < count; i += 16) {
+    const __mmask16 some = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
+    sums[0] = _mm512_mask_add_ps(sums[0], some, sums[0], of(wide(_mm256_maskz_loadu_epi16(some, x + i))));
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+}
+
+void normed(const uint16_t* x, const float* weight, const float* bias, uint16_t* out, int64_t count, float eps) {
+  const __m512 mean = _mm512_set1_ps(summed(x, count, [](__m512 v) { return v; }) / count);
+  const float spread = summed(x, count, [&](__m512 v) {
+    const __m512 off = _mm512_sub_ps(v, mean);
+    return _mm512_mul_ps(off, off);
+  });
+  const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(spread / count + eps));
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 some = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
+    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(wide(_mm256_maskz_loadu_epi16(some, x + i)), mean), inverse);
+    const __m512 y = _mm512_fmadd_ps(unit, _mm512_maskz_loadu_ps(some, weight + i), _mm512_maskz_loadu_ps(some, bias + i));
+    if (some == 0xffff)
+      _mm256_storeu_si256((__m256i*)(out + i), narrow(y));
+    else
+      _mm256_mask_storeu_epi16(out + i, some, narrow(y));
+  }
+}
+
 }  // namespace
 #endif
 
@@ -202,6 +235,16 @@ void chiasm_attention(const uint16_t* q, const uint16_t* k, const uint16_t* v, u
       head.run(q + start, mask ? mask + i / heads * length : nullptr, causal, out + start);
     }
   }
+}
+
+// `x`, `out` `[rows, dim]` of bfloat16, `weight`, `bias` `[dim]` of bfloat16.
+void chiasm_layer_norm(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, uint16_t* out, int64_t rows,
+                       int64_t dim, float eps, int32_t threads) {
+  std::vector<float> by(dim), plus(dim);
+  for (int64_t i = 0; i < dim; i++) by[i] = widened(weight[i]), plus[i] = widened(bias[i]);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < rows; row++)
+    normed(x + row * dim, by.data(), plus.data(), out + row * dim, dim, eps);
 }
 
 // `x [count]` of bfloat16, in its place.
