@@ -1,4 +1,4 @@
-"""Pictures drawn after SHAPES: their answers read off the pixels, their look and the rules held against the real files."""
+"""Pictures drawn after SHAPES: answers read off the pixels, the rules and the look held against the real files."""
 
 from __future__ import annotations
 
