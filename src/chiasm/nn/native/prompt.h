@@ -1,7 +1,7 @@
 // What only the tokens of prompts pass: many activation rows at once, so that arithmetic and not memory is the limit.
 //
 // Products: 32 rows of bfloat16 weights at a time are laid out as pairs of inputs `[k / 2, 32]` in a few microseconds,
-// and 12 activation rows pass them with all sums in registers. Attention: keys and values of one head are laid out the
+// and up to 14 activation rows pass them with all sums in registers. Attention: keys and values of one head are laid out the
 // same way, and 8 queries pass them; scores, softmax and sums are float32, queries and shares bfloat16.
 //
 // Every output is summed in one fixed order here too: a token of a prompt is computed as it is in any other chunk,
@@ -10,7 +10,7 @@
 #include "attend.h"
 
 #ifdef WIDE
-constexpr int64_t BLOCK = 2 * PANEL, TALL = 12;  // outputs, activation rows
+constexpr int64_t BLOCK = 2 * PANEL, TALL = 14;  // outputs, activation rows
 constexpr int ASKED = 8;                         // queries
 
 INLINED void across(__m512i* r) {  // the transpose of 16 vectors of 16 pairs
@@ -72,13 +72,12 @@ static __attribute__((noinline)) void pass(const uint32_t* ws, const uint16_t* f
   }
 }
 
-static inline int64_t some_rows(const uint32_t* ws, const uint16_t* x, int64_t stride, int64_t pairs, int64_t left,
-                                const char* next, int64_t lines, float* out) {
-  if (left >= 12 && left != 16) return pass<12>(ws, x, stride, pairs, next, lines, out), 12;
-  if (left >= 8) return pass<8>(ws, x, stride, pairs, next, lines, out), 8;
-  if (left >= 4) return pass<4>(ws, x, stride, pairs, next, lines, out), 4;
-  if (left >= 2) return pass<2>(ws, x, stride, pairs, next, lines, out), 2;
-  return pass<1>(ws, x, stride, pairs, next, lines, out), 1;
+// `rows` of them, by the code for so many.
+template <int M = TALL>
+static inline void some_rows(int64_t rows, const uint32_t* ws, const uint16_t* x, int64_t stride, int64_t pairs,
+                             const char* next, int64_t lines, float* out) {
+  if constexpr (M > 0)
+    rows == M ? pass<M>(ws, x, stride, pairs, next, lines, out) : some_rows<M - 1>(rows, ws, x, stride, pairs, next, lines, out);
 }
 
 // As `multiply`, at most 32 outputs at a time. `room`: where weights are laid out.
@@ -93,10 +92,11 @@ static void multiply_many(const Matrix& w, const Rows& x, int64_t n0, int64_t n1
     const uint16_t* from = (const uint16_t*)w.weights + n * step;
     for (int64_t i = 0; i < BLOCK; i += PANEL)
       pairs_of(from + i * step, step, std::min(PANEL, count - i), w.k, room.data() + i, BLOCK);
-    for (int64_t m = m0, done, turn = 0; m < m1; m += done, turn++) {
-      const int64_t first = std::min(turn, turns) * lines / turns, last = std::min(turn + 1, turns) * lines / turns;
+    for (int64_t turn = 0; turn < turns; turn++) {  // of about as many rows each: 15 are 8 and 7, not 14 and 1
+      const int64_t m = m0 + (m1 - m0) * turn / turns, done = m0 + (m1 - m0) * (turn + 1) / turns - m;
+      const int64_t first = turn * lines / turns, last = (turn + 1) * lines / turns;
       const char* next = (const char*)(from + BLOCK * step) + first * 64;
-      done = some_rows(room.data(), x.half.data() + m * x.stride, x.stride, pairs, m1 - m, next, last - first, out);
+      some_rows(done, room.data(), x.half.data() + m * x.stride, x.stride, pairs, next, last - first, out);
       for (int64_t j = 0; j < done; j++) {
         float* values = out + j * BLOCK;
         if (w.bias)
