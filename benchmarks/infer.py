@@ -159,7 +159,8 @@ class Ours:
                 total += module.weight.numel() * module.weight.element_size()
         if lm.lm_head is None:
             total += lm.embedding.weight.numel() * lm.embedding.weight.element_size()
-        listed = self.service.scheduler.slots.compiled.head  # of such a head a copy of eight bits is read instead
+        compiled = self.service.scheduler.slots.compiled
+        listed = None if compiled is None else compiled.head  # of such a head a copy of eight bits is read instead
         return total if listed is None else total - listed.numel() * (listed.element_size() - 1)
 
 

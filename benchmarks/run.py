@@ -31,7 +31,7 @@ MINUTES = {  # of the whole form on two quiet cores, about
     "methods": 60,
     "serve": 20,
     "stage1": 5,
-    "towers": 6,
+    "towers": 10,
     "train": 25,
 }
 SMALLEST = {  # what makes each as short as it can be
