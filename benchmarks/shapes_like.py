@@ -31,14 +31,25 @@ Asked = tuple[Any, str, bool]  # pixels [30, 30, 3] uint8, question, answer
 # ------------------------------------------------------------------------------------------------ the rules
 
 
-def answer(scene: Scene, question: str) -> bool:
-    """What SHAPES says: from the cells of the last thing, step by step backwards, to one of the first thing."""
+def pointed(scene: Scene, question: str) -> set[Place]:
+    """Where the first thing stands that SHAPES asks for: step by step backwards from the cells of the last thing."""
     first, *steps, last = [word for word in question.split() if word not in ("is", "a", "of", "shape")]
     places = {place for place, what in scene.items() if last in what}
     for step in reversed(steps):
         places = {(row + STEPS[step][0], column + STEPS[step][1]) for row, column in places}
         places = {place for place in places if max(place) < SIDE and min(place) >= 0}
-    return any(first in scene.get(place, ()) for place in places)
+    return {place for place in places if first in scene.get(place, ())}
+
+
+def answer(scene: Scene, question: str) -> bool:
+    """What SHAPES says: whether there is such a thing."""
+    return bool(pointed(scene, question))
+
+
+def around(scene: Scene, place: Place) -> list[bool]:
+    """Of a cell and of the four next to it: is it red, green, blue, a circle, a square, a triangle."""
+    cells = [(place[0] + row, place[1] + column) for row, column in ((0, 0), *STEPS.values())]
+    return [word in scene.get(cell, ()) for cell in cells for word in COLORS + SHAPES]
 
 
 def question(first: str, steps: Sequence[str], last: str) -> str:
@@ -86,22 +97,23 @@ def picture(scene: Scene, draw: random.Random) -> Any:
     return np.uint8(pixels * 255)
 
 
-def drawn(draw: random.Random, steps: tuple[int, ...], full: tuple[float, float] = (0.2, 0.9)) -> Iterator[Asked]:
-    """Drawn pictures, each with a question of so many steps. Yes and no take turns, question by question.
+def drawn(draw: random.Random, steps: tuple[int, ...]) -> Iterator[tuple[Asked, Scene]]:
+    """Drawn pictures, each with a question of so many steps, and what stands where.
 
-    So words alone are right half the time, and what is never so, as a red shape that is green, is asked once at most.
-    Nor does it help to know what is there but not where: other steps between the same two would be answered otherwise.
+    Yes and no take turns, question by question. So words alone are right half the time, and what is never so, as a red
+    shape that is green, is asked once at most. Nor does it help to know what is there but not where: other steps
+    between the same two would be answered otherwise.
     """
     due: dict[str, bool] = {}
     while True:
-        cells = scene(draw, draw.uniform(*full))
+        cells = scene(draw, draw.uniform(0.2, 0.9))
         for _ in range(12):
             count, first, last = draw.choice(steps), draw.choice(COLORS + SHAPES), draw.choice(COLORS + SHAPES)
             asked, other = (question(first, draw.choices(list(STEPS), k=count), last) for _ in range(2))
             right = answer(cells, asked)
             if (not count or answer(cells, other) != right) and due.setdefault(asked, draw.random() < 0.5) == right:
                 due[asked] = not right
-                yield picture(cells, draw), asked, right
+                yield (picture(cells, draw), asked, right), cells
                 break
 
 

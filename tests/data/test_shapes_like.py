@@ -66,7 +66,7 @@ def test_answers_hold_for_the_pixels_and_words_alone_are_right_half_the_time(lik
     """Of every question yes and no differ by one at most; turned pictures keep their answers."""
     source, draw, told = like.drawn(random.Random(3), (0, 1, 2)), random.Random(4), {}
     for _ in range(400):
-        asked = next(source)
+        asked, _ = next(source)
         for pixels, text, right in (asked, like.turned(asked, draw)):
             assert like.answer(read(like, masks, pixels)[0], text) == right
         told.setdefault(asked[1], []).append(asked[2])
