@@ -156,16 +156,19 @@ class Cells(torch.nn.Module):
     """While pictures are drawn, what stands where is known, and each patch learns to say it.
 
     It says what stands in its cell and in those next to it, and whether it is what the question asks for. ALBEF's
-    patches have not heard the question and say the first only.
+    patches have not heard the question: there the fused text's first vector is compared with theirs to point.
     """
 
     def __init__(self, model: Any, dim: int):
         super().__init__()
         self.deaf = model.config.type == "albef"
         self.head = torch.nn.Linear(dim, 30 if self.deaf else 31)
+        self.point = torch.nn.Linear(dim, dim + 1) if self.deaf else None
         self.states: list[Any] = []  # of the patches, as the model last saw them [B, 9, D]
+        self.asking: list[Any] = []  # the text's first vector [B, D]
         if self.deaf:
-            model.body.vision.register_forward_hook(lambda _, __, out: self.keep(out.x))
+            fuse = model.body.fuse
+            model.body.fuse = lambda text, mask, images: self.fused(fuse(text, mask, images), images[0])
         else:
             joint = model.joint
             model.joint = lambda *given: self.watch(joint(*given))
@@ -173,6 +176,11 @@ class Cells(torch.nn.Module):
     def watch(self, joint: Any) -> Any:
         self.keep(joint.hidden[:, joint.picture])
         return joint
+
+    def fused(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        self.keep(image)
+        self.asking = [text[:, 0]]
+        return text
 
     def keep(self, states: torch.Tensor) -> None:
         self.states = [states[:, 1:]]  # without the class vector
@@ -185,8 +193,11 @@ class Cells(torch.nn.Module):
             found.append([[*like.around(sample["scene"], place), place in right] for place in PLACES])
         said, known = self.head(self.states[0]), torch.tensor(found).float()  # [B, 9, 30 or 31], [B, 9, 31]
         loss = torch.nn.functional.binary_cross_entropy_with_logits
-        there = loss(said[..., :30], known[..., :30])
-        return 9 * (there if self.deaf else there + loss(said[..., 30], known[..., 30]))
+        pointed = said[..., -1]  # [B, 9]
+        if self.point is not None:
+            asking = self.point(self.asking[0])  # [B, D + 1]
+            pointed = (self.states[0] @ asking[:, :-1, None])[..., 0] + asking[:, -1:]
+        return 9 * (loss(said[..., :30], known[..., :30]) + loss(pointed, known[..., 30]))
 
 
 def batches(processor: Any, samples: Samples, size: int) -> list[Batch]:
@@ -257,7 +268,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, preset in NETS.items():
         if args.only not in (None, name):
             continue
-        row: dict[str, Any] = {"model": name}
+        row: dict[str, Any] = {"model": name, "steps": args.steps, "drawn": args.drawn}
         for twin in ("", "pictures", "words") if args.words else ("", "pictures"):
             vlm = model(preset, labels, args)
             row["parameters"] = vlm.num_parameters()
@@ -272,24 +283,29 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     runs = {"whole": "right", "without pictures": "blind twin", "without words": "without words"}
     runs = {key: words for key, words in runs.items() if key in rows[0]}
-    head = ["model", "parameters", *runs.values(), "CPU seconds of training"]
+    head = ["model", "parameters", "steps", *runs.values(), "CPU seconds of training"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
         shares = [f"{100 * row[key]['accuracy']:.1f} %" for key in runs]
-        cells = [row["model"], f"{row['parameters']:,}", *shares, f"{row['whole']['seconds']:.0f}"]
+        steps = f"{row['steps']:,}" + (f", {row['drawn']:,} of them drawn" if row["drawn"] else "")
+        cells = [row["model"], f"{row['parameters']:,}", steps, *shares, f"{row['whole']['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    learned = f"the first {args.drawn} of drawn pictures" if args.drawn else f"{args.samples} samples"
+    learned = "the first on drawn pictures" if args.drawn else f"{args.samples} samples"
     told = (
-        f"`python benchmarks/matching.py --data {args.data}`: {args.steps} steps of {args.batch}, {learned}; "
+        f"`python benchmarks/matching.py --data {args.data}`: batches of {args.batch}, {learned}; "
         f"{rows[0]['whole']['n']} held-out questions; one thread, on a busy machine."
     )
     return "\n".join([told, "", *lines]) + "\n"
 
 
 def merged(rows: list[dict[str, Any]], options: dict[str, Any], file: Path) -> list[dict[str, Any]]:
-    """With ``--only``: what an earlier run with the same options found of the other models stays."""
+    """With ``--only``: what an earlier run, with the same options but for steps, found of the other models stays."""
     stored = json.loads(file.read_text()) if options["only"] and file.exists() else {"options": {}, "rows": []}
-    same = all(stored["options"].get(key) == value for key, value in options.items() if key not in ("only", "out"))
+    same = all(
+        stored["options"].get(key) == value
+        for key, value in options.items()
+        if key not in ("only", "out", "steps", "drawn")
+    )
     found = {row["model"]: row for row in (stored["rows"] if same else []) + rows}
     return [found[name] for name in NETS if name in found]
 
