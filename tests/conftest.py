@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,3 +26,22 @@ def shared_data() -> Path:
 def rng() -> torch.Generator:
     """A seeded generator, so that no test depends on the global one."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def of_benchmarks() -> Iterator[Callable[[str], ModuleType]]:
+    """Gives a file of ``benchmarks``, by its name, as a module; it is forgotten after the tests of a file."""
+    made: list[str] = []
+
+    def load(name: str) -> ModuleType:
+        file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        made.append(name)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in made:
+        del sys.modules[name]

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "shapes_like.py"
-
 
 @pytest.fixture(scope="module")
-def like() -> Any:
+def like(of_benchmarks: Any) -> Any:
     """The benchmark's file as a module."""
-    spec = importlib.util.spec_from_file_location("shapes_like", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["shapes_like"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["shapes_like"]
+    return of_benchmarks("shapes_like")
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,16 @@ def test_a_changed_head_is_rounded_again():
     assert some.max() == whole.max()
 
 
+def test_a_model_that_is_cast_is_rounded_again():
+    """The parameter and torch's count of its changes stay the same; its values are rounded."""
+    lm = decoder()
+    stepped(lm, torch.float32, 2, False, 1)
+    before = decode._lists[lm.lm_head.weight]
+    whole, some = stepped(lm, torch.bfloat16, 2, False, 1)
+    assert decode._lists[lm.lm_head.weight] is not before
+    assert torch.equal(whole.argmax(1), some.argmax(1))
+
+
 def test_numbers_that_are_none_stay_so():
     head = torch.randn(VOCAB, DIM)
     head[500, 3] = float("nan")

@@ -6,10 +6,7 @@ learning rate and hard pairs are worth: ``benchmarks/stage1.py``.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +14,11 @@ import torch
 
 from chiasm.connectors.qformer import QFormer, deviation
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "stage1.py"
-
 
 @pytest.fixture(scope="module")
-def stage1() -> Any:
-    """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("stage1", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["stage1"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["stage1"]
+def stage1(of_benchmarks: Any) -> Any:
+    """The benchmark's file as a module."""
+    return of_benchmarks("stage1")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chiasm.errors import DataError
 from chiasm.infer.request import Request
+from chiasm.nn.kernels import state
 from chiasm.types import Batch, Condition, MediaBatch, Piece, Sample
 
 
@@ -152,7 +153,7 @@ def state_of(model: Any) -> bytes:
         left.extend(child for child in module._modules.values() if child is not None)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype))
+                found.append(state(tensor))
     return hash(tuple(found)).to_bytes(8, "little", signed=True)
 
 

@@ -14,7 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from chiasm.nn.kernels import INT8, KINDS, PANEL, Matrix, Work, dense, floats, large_pages, larger_pages, library, tower
+from chiasm.nn.kernels import (
+    INT8,
+    KINDS,
+    PANEL,
+    Matrix,
+    Work,
+    dense,
+    floats,
+    large_pages,
+    larger_pages,
+    library,
+    state,
+    tower,
+)
 from chiasm.nn.quant import Quantized
 from chiasm.nn.rope import frequency_tables
 
@@ -148,10 +161,9 @@ class Compiled:
         """``best``, with a shortlist of these very weights in ``model``; 0 where all logits are computed."""
         if best is None or self.head is None:
             return 0
-        version = 0 if self.head.is_inference() else self.head._version
-        held = _lists.get(self.head)
-        if held is None or held[0] != version:
-            held = _lists[self.head] = version, _shortlist(self.model.head)
+        held, now = _lists.get(self.head), state(self.head)
+        if held is None or held[0] != now:
+            held = _lists[self.head] = now, _shortlist(self.model.head)
         self.list = self.model.list = held[1]
         return best
 
@@ -165,7 +177,7 @@ class Compiled:
 
 
 _lists = WeakIdKeyDictionary()
-"""Weight of a head → its version, and its shortlist."""
+"""Weight of a head → its state, and the shortlist made of it."""
 
 
 def _shortlist(head: Matrix) -> Shortlist:

@@ -192,6 +192,14 @@ def activate_(x: Tensor, name: str) -> Tensor:
     return x
 
 
+def state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes when a tensor is moved, cast or changed in place: what was made from its values is then stale.
+
+    torch does not count what is written through ``.data``, and tensors of inference are taken never to change.
+    """
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+
+
 def plain(x: Tensor) -> bool:
     """Whether a tensor can be given to the kernels of towers: bfloat16 in memory here, and nothing that follows it."""
     return (

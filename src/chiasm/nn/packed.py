@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Packed:
     """The laid out weights of layers. Several threads may use one at once."""
 
     def __init__(self) -> None:
-        self.held: dict[nn.Module, tuple[int, Tensor]] = {}
+        self.held: dict[nn.Module, tuple[Any, Tensor]] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -39,11 +40,11 @@ class Packed:
 
     def of(self, layer: nn.Linear | nn.Conv2d, rows: int) -> Tensor:
         """The weights of a layer, laid out for about so many ``rows``; again where they were changed meanwhile."""
-        version = 0 if layer.weight.is_inference() else layer.weight._version  # those of inference never change
+        state = kernels.state(layer.weight)
         found = self.held.get(layer)
-        if found is None or found[0] != version:
+        if found is None or found[0] != state:
             weight = layer.weight.detach().flatten(1)
-            found = version, torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            found = state, torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             self.held[layer] = found
         return found[1]
 

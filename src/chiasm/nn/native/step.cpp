@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <functional>
 #include <thread>
 
 #include "decoder.h"
@@ -241,7 +242,8 @@ struct Step {
                [&](int64_t row, int64_t at, int64_t some, const float* values) {
                  float& top = work.tops[row * parts + i];
                  for (int64_t c = 0; c < some; c++) {
-                   const float bound = d.list.bound(at + c, work.bounds[row]);
+                   const float added = std::fabs(values[c]) * 0x1p-22f;  // what adding biases and bounds may round off
+                   const float bound = d.list.bound(at + c, work.bounds[row]) + added;
                    logits[row * n + at + c] = values[c] + bound;
                    top = std::max(top, values[c] - bound);
                  }
